@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# bash run.sh             set up, then run the pipeline with the preset that fits this machine
+# bash run.sh test        set up, then run the tests (arguments go to pytest, say: bash run.sh test -m slow)
+# bash run.sh setup       set up only
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# The environment is made once, and again when requirements.txt has changed. PYTHON chooses the interpreter.
+venv=.venv
+if ! cmp -s requirements.txt "$venv/requirements.txt"; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "run.sh: error: $python is older than Python 3.10; name a newer one: PYTHON=python3.12 bash run.sh" >&2; exit 2; }
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
+        echo "run.sh: error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+        exit 2; }
+    echo "installing requirements.txt into $venv (once; PyTorch is large)"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$venv/requirements.txt"  # last, so that an install that broke off is done again
+fi
+
+case "${1-}" in
+    "")    "$venv/bin/python" train.py --resume
+           "$venv/bin/python" sample.py ;;
+    test)  shift; "$venv/bin/python" -m pytest "$@" ;;
+    setup) ;;
+    *)     echo "run.sh: error: unknown argument $1: use none, test, or setup" >&2; exit 2 ;;
+esac
