@@ -1,0 +1,258 @@
+"""Speed, side by side: FLOPs saved (counted) and time saved (measured) are two columns, because they differ.
+
+    python bench.py                                   everything that this machine can run
+    python bench.py --part=train --against=PATH       stage-1 training at nanoGPT's 124M shape, against PATH's own model
+
+Parts: `train` (GPU only), `execution` (sparse against dense, at four shares of BIG), `inference` (does time follow
+FLOPs?). All variants of a table are alive at once and timed in turns, round by round; the figures are medians and their
+ratios. Compilation and warm-up are left out. Tokens and weights are random: time does not depend on them.
+"""
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import UserError, arg, compute_dtype, find_device, generator, parse_config, run, write_atomic
+from model import BIG, SMALL, DuoConfig, DuoGPT, random_route, route_counts
+
+ROUNDS = 7
+
+
+@dataclass
+class BenchConfig:
+    part: str = arg("all", "train, execution, inference or all")
+    against: str = arg("", "a checkout of nanoGPT (yours; none of its code is here), for --part=train")
+    profile: bool = arg(False, "also print the kernels that take the most time")
+    save: str = arg("", "write the figures to this JSON file")
+    out_dir: str = arg("out", "not used: nothing trained is needed here")
+    device: str = arg("auto", "auto, cpu or cuda")
+    seed: int = arg(1, "seeds weights, tokens and routes")
+    preset: str = arg("auto", "gpu (full shapes), cpu (shapes for a laptop) or debug (tiny, for tests)")
+
+
+PRESETS = {"gpu": {}, "cpu": {}, "debug": {}}
+SHAPES = {  # preset: layers, (sequences, context), widths for inference
+    "gpu": (12, (8, 1024), (384, 1024)),
+    "cpu": (12, (8, 256), (256, 512)),
+    "debug": (2, (2, 32), (64, 64)),
+}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(variants, device):
+    """variants: {name: function} -> {name: median milliseconds of ROUNDS rounds}, the variants taking turns."""
+    calls = {}
+    for name, function in variants.items():
+        for _ in range(3):  # compile, capture, warm up
+            function()
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        calls[name] = max(1, round(0.2 / (time.perf_counter() - start)))  # a round of a variant takes about 0.2 s
+    times = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, function in variants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) / calls[name] * 1e3)
+    return {name: sorted(t)[ROUNDS // 2] for name, t in times.items()}
+
+
+def kernels(function, rows=12):
+    """-> the kernels that take the most device time in one call: [(milliseconds, count, name)]"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda e: -e.device_time_total)
+    return [(e.device_time_total / 1e3, e.count, e.key[:90]) for e in events[:rows]]
+
+
+def matmul_rate(device, dtype):
+    """The card's own rate on an 8192^3 product of random matrices, FLOP/s: the ceiling to compare with."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / measure({"matmul": lambda: a @ b}, device)["matmul"] * 1e3
+
+
+def make_model(config, device, seed):
+    model = DuoGPT(config).to(device).init_weights(generator(device, seed, "init"))
+    model.compute_dtype, _ = compute_dtype(device)
+    return model
+
+
+def training_step(forward, model, optimizer):
+    """-> a function that makes one optimizer step. forward() -> loss."""
+    def step():
+        forward().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def duo_step(config, B, device, seed, p_big):
+    """One stage-1 training step as train.py makes it, compiled; p_big=None routes everything to BIG (a dense model)."""
+    model, T, L = make_model(config, device, seed), config.block_size, config.n_layer
+    fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    x, y = torch.randint(config.vocab_size, (2, B, T), device=device)
+    g = generator(device, seed, "route")
+
+    def forward():
+        torch.compiler.cudagraph_mark_step_begin()  # the variants' CUDA graphs share memory, and take turns
+        if p_big is None:
+            return fast(x, BIG, y, return_logits=False)[1]
+        route, counts = random_route(B, T, L, 0.0, p_big, g), route_counts(B, T, L, 0.0, p_big)
+        return fast(x, route, y, counts=counts, return_logits=False)[1]
+    return training_step(forward, model, optimizer)
+
+
+def nanogpt_step(path, B, T, device):
+    """One training step of nanoGPT's own model and optimizer at its 124M shape, as its train.py makes it."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    nanogpt = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    model = nanogpt.GPT(nanogpt.GPTConfig(block_size=T, vocab_size=50304, n_layer=12, n_head=12, n_embd=768,
+                                          dropout=0.0, bias=False)).to(device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")
+    fast = torch.compile(model)
+    x, y = torch.randint(50304, (2, B, T), device=device)
+
+    def forward():
+        with torch.autocast("cuda", torch.bfloat16):
+            return fast(x, y)[1]
+    return training_step(forward, model, optimizer)
+
+
+def bench_train(bench, device):
+    """Stage-1 training at nanoGPT's 124M shape; BIG, a SwiGLU of inner width 2,048, is as large as its FFN."""
+    B, T = 32, 1024
+    shape = DuoConfig(12, 12, 768, T, 50304, big_width=2048)
+    variants = {"nanoGPT": nanogpt_step(bench.against, B, T, device)} if bench.against else {}
+    variants |= {"ours, dense (all BIG)": duo_step(shape, B, device, bench.seed, None),
+                 "ours, p(big) = 0.5": duo_step(shape, B, device, bench.seed, 0.5)}
+    times = measure(variants, device)
+    model = DuoGPT(shape)
+    dense, half = model.flops(BIG), (model.flops(BIG) + model.flops(SMALL)) / 2
+    flops = dict.fromkeys(variants, half) | {"ours, dense (all BIG)": dense, "nanoGPT": dense}
+    rows = [{"variant": name, "tokens_per_second": B * T / ms * 1e3, "gflop_per_token": 3 * flops[name] / 1e9,
+             "flops_saved": 1 - flops[name] / dense, "time_saved": 1 - ms / times["ours, dense (all BIG)"],
+             "speed_against_nanogpt": times["nanoGPT"] / ms if bench.against else None,
+             "kernels": kernels(variants[name]) if bench.profile else None} for name, ms in times.items()]
+    return rows
+
+
+def bench_execution(bench, device):
+    """Sparse against dense execution, uncompiled, forward and forward + backward, at four shares of BIG."""
+    L, (B, T), widths = SHAPES[bench.preset]
+    width, rows = widths[-1], []
+    model = make_model(DuoConfig(L, width // 64, width, T, 4096), device, bench.seed)
+    x, y = torch.randint(4096, (2, B, T), device=device)
+
+    def forward(execution, route, counts):
+        model.execution = execution
+        return model(x, route, y, counts=counts, return_logits=False)[1]
+
+    def inference(*args):
+        with torch.no_grad():
+            forward(*args)
+
+    def training(*args):
+        forward(*args).backward()
+        model.zero_grad(set_to_none=True)
+
+    for p_big in (0.1, 0.3, 0.5, 0.9):
+        route = random_route(B, T, L, 0.0, p_big, generator(device, bench.seed, "route", p_big))
+        counts = route_counts(B, T, L, 0.0, p_big)
+        saved = 1 - model.flops(route, T).double().mean().item() / (model.flops(BIG, T) + L * 6 * width * (width // 4))
+        for what, function in (("forward", inference), ("forward + backward", training)):
+            ms = measure({e: lambda e=e: function(e, route, counts) for e in ("dense", "sparse")}, device)
+            rows.append({"p_big": p_big, "pass": what, "flops_saved": saved,
+                         "time_saved": 1 - ms["sparse"] / ms["dense"], "speedup": ms["dense"] / ms["sparse"]})
+    return rows
+
+
+@torch.no_grad()
+def bench_inference(bench, device):
+    """All-small, half-big and all-big forwards: time over all-big's time, beside FLOPs over all-big's FLOPs."""
+    L, (B, T), widths = SHAPES[bench.preset]
+    rows = []
+    for width in widths:
+        model = make_model(DuoConfig(L, width // 64, width, T, 4096), device, bench.seed).eval()
+        fast = torch.compile(model, dynamic=False, mode="reduce-overhead") if device.type == "cuda" else model
+        x = torch.randint(4096, (B, T), device=device)
+        half = random_route(B, T, L, 0.0, 0.5, generator(device, bench.seed, "route"))
+        counts = route_counts(B, T, L, 0.0, 0.5)
+
+        def forward(route, counts=None):
+            torch.compiler.cudagraph_mark_step_begin()
+            fast(x, route, counts=counts)
+
+        variants = {"all-small": lambda: forward(SMALL), "half-big": lambda: forward(half, counts),
+                    "all-big": lambda: forward(BIG)}
+        times = measure(variants, device)
+        big = model.flops(BIG, T)
+        flops = {"all-small": model.flops(SMALL, T), "half-big": (model.flops(SMALL, T) + big) / 2, "all-big": big}
+        rows += [{"width": width, "route": name, "flops": flops[name] / big, "time": ms / times["all-big"],
+                  "flops_saved": 1 - flops[name] / big, "time_saved": 1 - ms / times["all-big"],
+                  "tflop_per_second": flops[name] * B * T / ms / 1e9,
+                  "kernels": kernels(variants[name]) if bench.profile else None} for name, ms in times.items()]
+    return rows
+
+
+def show(part, rows):
+    """Print the rows as a table, and the kernels where they were recorded."""
+    print(f"\n{part}")
+    keys = [key for key in rows[0] if key != "kernels"]
+    lines = [keys]
+    for row in rows:
+        values = [row[key] for key in keys]
+        lines.append([(f"{v:,.0f}" if v >= 1000 else f"{v:.3g}") if isinstance(v, float) else str(v) for v in values])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    for line in lines:
+        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
+    for row in rows:
+        for ms, count, name in row.get("kernels") or []:
+            print(f"  {row.get('variant', row.get('route'))}: {ms:8.3f} ms {count:5d} x {name}")
+
+
+def main(argv=None):
+    bench = parse_config(BenchConfig, argv, PRESETS)
+    device = find_device(bench.device)
+    parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference}
+    if bench.part not in (*parts, "all"):
+        raise UserError(f"--part={bench.part}: choose from {', '.join(parts)}, all")
+    if bench.part == "train" and device.type != "cuda":
+        raise UserError("--part=train: needs a GPU; --part=execution and --part=inference run anywhere")
+    if bench.against and not (Path(bench.against) / "model.py").exists():
+        raise UserError(f"--against={bench.against}: no model.py there; give the folder of a nanoGPT checkout")
+    if bench.profile and device.type != "cuda":
+        raise UserError("--profile: needs a GPU, where it names the kernels")
+    chosen = [bench.part] if bench.part != "all" else [p for p in parts if p != "train" or device.type == "cuda"]
+    dtype, _ = compute_dtype(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    result = {"command": "python bench.py " + " ".join(argv if argv is not None else sys.argv[1:]), "device": name,
+              "torch": torch.__version__, "rounds": ROUNDS, "matmul_tflops": matmul_rate(device, dtype) / 1e12}
+    print(f"{name}, torch {torch.__version__}, {dtype} matmul {result['matmul_tflops']:.3g} TFLOP/s")
+    for part in chosen:
+        torch.compiler.reset()
+        result[part] = parts[part](bench, device)
+        show(part, result[part])
+    if bench.save:
+        write_atomic(bench.save, json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run(main)
