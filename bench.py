@@ -1,10 +1,10 @@
 """Speed, side by side: FLOPs saved (counted) and time saved (measured) are two columns, because they differ.
 
-    python bench.py                                   everything that this machine can run
+    python bench.py                                   execution and inference
     python bench.py --part=train --against=PATH       stage-1 training at nanoGPT's 124M shape, against PATH's own model
 
 Parts: `train` (GPU only), `execution` (sparse against dense, at four shares of BIG), `inference` (does time follow
-FLOPs?). All variants of a table are alive at once and timed in turns, round by round; the figures are medians and their
+FLOPs?). Variants that are compared are timed in turns, round by round; the figures are medians and their
 ratios. Compilation and warm-up are left out. Tokens and weights are random: time does not depend on them.
 """
 import importlib.util
@@ -37,7 +37,7 @@ class BenchConfig:
 PRESETS = {"gpu": {}, "cpu": {}, "debug": {}}
 SHAPES = {  # preset: layers, (sequences, context), widths for inference
     "gpu": (12, (8, 1024), (384, 1024)),
-    "cpu": (12, (8, 256), (256, 512)),
+    "cpu": (12, (4, 128), (256, 512)),
     "debug": (2, (2, 32), (64, 64)),
 }
 
@@ -161,16 +161,14 @@ def bench_execution(bench, device):
     model = make_model(DuoConfig(L, width // 64, width, T, 4096), device, bench.seed)
     x, y = torch.randint(4096, (2, B, T), device=device)
 
-    def forward(execution, route, counts):
+    @torch.no_grad()
+    def inference(execution, route, counts):
         model.execution = execution
-        return model(x, route, y, counts=counts, return_logits=False)[1]
+        model(x, route, counts=counts)
 
-    def inference(*args):
-        with torch.no_grad():
-            forward(*args)
-
-    def training(*args):
-        forward(*args).backward()
+    def training(execution, route, counts):
+        model.execution = execution
+        model(x, route, y, counts=counts, return_logits=False)[1].backward()
         model.zero_grad(set_to_none=True)
 
     for p_big in (0.1, 0.3, 0.5, 0.9):
@@ -234,13 +232,15 @@ def main(argv=None):
     parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference}
     if bench.part not in (*parts, "all"):
         raise UserError(f"--part={bench.part}: choose from {', '.join(parts)}, all")
-    if bench.part == "train" and device.type != "cuda":
-        raise UserError("--part=train: needs a GPU; --part=execution and --part=inference run anywhere")
     if bench.against and not (Path(bench.against) / "model.py").exists():
         raise UserError(f"--against={bench.against}: no model.py there; give the folder of a nanoGPT checkout")
+    if (bench.part == "train" or bench.against) and device.type != "cuda":
+        raise UserError("--part=train and --against: need a GPU; --part=execution and --part=inference run anywhere")
     if bench.profile and device.type != "cuda":
         raise UserError("--profile: needs a GPU, where it names the kernels")
-    chosen = [bench.part] if bench.part != "all" else [p for p in parts if p != "train" or device.type == "cuda"]
+    chosen = [bench.part] if bench.part != "all" else [p for p in parts if p != "train" or bench.against]
+    if bench.save:
+        Path(bench.save).parent.mkdir(parents=True, exist_ok=True)
     dtype, _ = compute_dtype(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {"command": "python bench.py " + " ".join(argv if argv is not None else sys.argv[1:]), "device": name,

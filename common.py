@@ -94,8 +94,8 @@ def run(main):
         print(f"{script}: error: {error}", file=sys.stderr)
         code = 2
     except torch.OutOfMemoryError:
-        print(f"{script}: error: out of GPU memory: lower --micro_batch (sequences per forward), or --block_size",
-              file=sys.stderr)
+        print(f"{script}: error: out of GPU memory: lower --micro_batch (sequences per forward) where the script has "
+              "it, or use a smaller --preset", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader left (`| head`); what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,7 +63,7 @@ DOWNLOADS = {  # name: url, bytes, sha256
 PRESETS = {
     "cpu": {"vocab_size": 1024, "corpus_mb": 20},
     "gpu": {"vocab_size": 4096, "corpus_mb": 0},
-    "debug": {"vocab_size": 512, "corpus_mb": 2},
+    "debug": {"vocab_size": 512, "corpus_mb": 1},
 }
 
 

@@ -95,11 +95,10 @@ class Sorting:
 
     def apply(self, x, *parts):
         """Run each function on its own rows of x [B, T, d]. parts: (number of rows, function), in sorted order; the
-        function None gives zeros. -> [B, T, d']"""
+        function None gives zeros, and is never alone. -> [B, T, d']"""
         parts = [(n, function) for n, function in parts if n > 0]
         if len(parts) == 1:  # one function serves all tokens, in whatever order
-            function = parts[0][1]
-            return torch.zeros_like(x) if function is None else function(x)
+            return parts[0][1](x)
         rows = PermuteRows.apply(x.flatten(0, 1), self.order, self.inverse)  # [N, d]
         done = [torch.zeros_like(r) if function is None else function(r)
                 for r, (_, function) in zip(rows.split([n for n, _ in parts]), parts, strict=True)]
@@ -292,12 +291,14 @@ class DuoGPT(nn.Module):
         self.register_buffer("sin", angle.sin()[None, :, None], persistent=False)
 
     def init_weights(self, generator):
-        """GPT-2's scaled init: 0.02, and 0.02 / sqrt(2 L) for the matrices that write into the residual stream."""
+        """GPT-2's scaled init, with a std that falls with the square root of the width: 0.02 at width 384
+        (why: NOTES.md), and 1 / sqrt(2 L) of that for the matrices that write into the residual stream."""
+        std = 0.02 * math.sqrt(384 / self.config.n_embd)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 writes = name.endswith(("out.weight", "down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if writes else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer) if writes else std,
+                                generator=generator)
         return self
 
     def forward(self, idx, route, targets=None, counts=None, cache=None, reduction="mean", return_logits=True,
@@ -305,9 +306,9 @@ class DuoGPT(nn.Module):
         """idx [B, T] int64; route: an int, a pattern [L], a route [B, T, L], or a router, which decides layer by layer:
         `logits [B, T, 3], state = router(layer, h, state, seq)`, hard choice by argmax (DESIGN: router interface).
 
-        -> logits [B, T, V] float32 (None with return_logits=False), loss in nats (None without targets [B, T]; a
-        scalar, or [B, T] with reduction="none"); with return_stats=True also a dict: route [B, T, L], flops [B, T],
-        share [L, 3].
+        -> logits [B, T, V] float32, as precise as compute_dtype (None with return_logits=False), loss in nats (None
+        without targets [B, T]; a scalar, or [B, T] with reduction="none"); with return_stats=True also a dict:
+        route [B, T, L], flops [B, T], share [L, 3].
         counts: see sort_route. cache: a KVCache; idx then holds only the new tokens. Raises ValueError on wrong shapes.
         """
         B, T = idx.shape

@@ -10,8 +10,8 @@ venv=.venv
 if ! cmp -s requirements.txt "$venv/requirements.txt"; then
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "run.sh: error: $python is older than Python 3.10; name a newer one: PYTHON=python3.12 bash run.sh" >&2; exit 2; }
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
+        echo "run.sh: error: $python is not a Python of 3.10 or newer; name one: PYTHON=python3.12 bash run.sh" >&2; exit 2; }
+    [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv" || {
         echo "run.sh: error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
         exit 2; }
     echo "installing requirements.txt into $venv (once; PyTorch is large)"

@@ -83,7 +83,7 @@ def sampler(vocab_size, temperature, top_k, rng):
         if temperature == 0:
             return logits[:, :vocab_size].argmax(-1)
         # On the CPU, where a seed means the same draws on every machine; float64 bears the smallest temperature.
-        top, ids = logits[:, :vocab_size].double().cpu().topk(min(top_k or vocab_size, vocab_size))  # [B, k], falling
+        top, ids = logits[:, :vocab_size].cpu().double().topk(min(top_k or vocab_size, vocab_size))  # [B, k], falling
         p = ((top - top[:, :1]) / temperature).softmax(-1)
         return ids.gather(1, torch.multinomial(p, 1, generator=rng)).squeeze(1).to(logits.device)
     return pick

@@ -69,7 +69,7 @@ class TrainConfig:
     train_route: str = arg("random", "random, big (a dense baseline), or big_then_small (half the steps each, Fig. 8)")
     p_big: float = arg(0.5, "share of BIG among the layers that a token does not skip")
     p_skip: float = arg(0.333, "share of SKIP in the sequences where tokens may skip layers")
-    skip_every: int = arg(8, "every so many-th sequence of a batch is such a sequence; 0: none")
+    skip_every: int = arg(8, "the first of every so many sequences in a batch is one of these; 0: none")
     # optimization
     max_steps: int = arg(3000, "optimizer steps")
     batch_size: int = arg(128, "sequences per step, over all processes")
@@ -88,13 +88,12 @@ class TrainConfig:
 
 PRESETS = {
     "gpu": {},  # the defaults
-    "cpu": {"corpus_mb": 20, "vocab_size": 1024, "n_embd": 128, "n_head": 4, "block_size": 128, "batch_size": 16,
-            "max_steps": 900, "learning_rate": 4e-3, "warmup_steps": 50, "eval_interval": 300, "save_interval": 300,
-            "eval_sequences": 64},
+    "cpu": {"corpus_mb": 20, "vocab_size": 1024, "n_embd": 64, "n_head": 2, "block_size": 128, "batch_size": 8,
+            "max_steps": 1700, "learning_rate": 4e-3, "eval_interval": 425, "save_interval": 425, "eval_sequences": 64},
     "debug": {"corpus_mb": 1, "vocab_size": 512, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4,
               "max_steps": 20, "warmup_steps": 5, "eval_interval": 10, "save_interval": 10, "eval_sequences": 8},
 }
-# Fields that a resumed run may change: they do not change what is learned.
+# Fields that a resumed run may change. (Another device draws other routes: each kind has its own random generator.)
 FREE = {"out_dir", "device", "resume", "preset", "data_dir", "micro_batch", "eval_interval", "save_interval", "compile"}
 LOG_INTERVAL = 10  # steps between log lines, and between checks for NaN (each check waits for the device)
 
@@ -114,12 +113,22 @@ def check(config, world):
     for name, allowed in (("train_route", ("random", "big", "big_then_small")), ("compile", ("auto", "on", "off"))):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name}={getattr(config, name)}: choose from {', '.join(allowed)}")
+    model_shape(config, 64)  # before the corpus is prepared, which takes a while
     if config.batch_size % world:
         raise UserError(f"--batch_size={config.batch_size}: must be a multiple of the {world} processes")
     config.micro_batch = config.micro_batch or config.batch_size // world
     if config.batch_size // world % config.micro_batch:
         raise UserError(f"--micro_batch={config.micro_batch}: must divide the {config.batch_size // world} sequences "
                         "that each process has per step")
+
+
+def model_shape(config, vocab_size):
+    """-> DuoConfig. Raises UserError for widths that do not fit together."""
+    try:
+        return DuoConfig(config.n_layer, config.n_head, config.n_embd, config.block_size, vocab_size, config.big_width,
+                         config.small_width)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def phase(config, step):
@@ -207,18 +216,18 @@ def evaluate(model, corpus, config, device):
     for domain in corpus.domains:
         x, y = validation_windows(corpus, config, domain)
         n, n_bytes = len(x), token_bytes[y].sum().item()
-        routes = {"big": [BIG] * n}
+        routes = {"big": BIG}
         if config.train_route != "big":
             g = generator(device, config.seed, "eval", domain)
             random = random_route(n, config.block_size, config.n_layer, 0.0, config.p_big, g)
-            routes = {"small": [SMALL] * n, "random": random, "big": [BIG] * n}
+            routes = {"small": SMALL, "random": random, "big": BIG}
         result[domain] = {}
         for name, route in routes.items():
             total = 0.0
             for i in range(0, n, 32):
-                rows = route[i:i + 32] if name == "random" else route[i]
+                rows = route if isinstance(route, int) else route[i:i + 32]
                 loss = model(x[i:i + 32].to(device), rows, y[i:i + 32].to(device), reduction="none")[1]
-                total += loss.double().sum().item()
+                total += loss.cpu().double().sum().item()
             result[domain][name] = {"loss": total / y.numel(), "bits_per_byte": total / math.log(2) / max(n_bytes, 1)}
     model.train()
     return result
@@ -263,8 +272,8 @@ def average_gradients(model, world):
         parameter.grad = part.view_as(parameter)
 
 
-def compiled(model, config, corpus, device, rank, world):
-    """torch.compile(model), proven on one real batch; the model itself, after one clear line, where that fails."""
+def compiled(model, config, corpus, device, step, rank, world):
+    """torch.compile(model), proven on a real batch; the model itself, after one clear line, where that fails."""
     if config.compile == "off" or config.compile == "auto" and device.type != "cuda":
         return model
     start = time.time()
@@ -274,7 +283,7 @@ def compiled(model, config, corpus, device, rank, world):
     mode = "reduce-overhead" if device.type == "cuda" and one_forward else None
     try:
         fast = torch.compile(model, dynamic=False, mode=mode)
-        x, y, route, counts = next(micro_batches(config, corpus, device, 0, rank, world))
+        x, y, route, counts = next(micro_batches(config, corpus, device, step, rank, world))
         for _ in range(3):  # warm up, capture, replay
             fast(x, route, y, counts=counts, return_logits=False)[1].backward()
             model.zero_grad(set_to_none=True)
@@ -318,18 +327,18 @@ def start_or_resume(config, model, optimizer, corpus, device, first=True):
     return step
 
 
-def join_processes():
+def join_processes(config):
     """-> rank, world. torchrun sets RANK; without it there is one process."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
 def train(config):
     """Train as `config` says -> the last evaluation ({} but in the first process), or None where it was interrupted (by
     SIGINT or SIGTERM, and saved)."""
-    rank, world = join_processes()
+    rank, world = join_processes(config)
     check(config, world)
     device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and config.device in ("auto", "cuda")
                          and torch.cuda.is_available() else config.device)
@@ -348,12 +357,8 @@ def train(config):
             raise UserError(f"--corpus={config.corpus}: a part ({domain}) holds {len(tokens)} tokens, fewer than one "
                             f"context; give more text, or a --block_size below {len(tokens)}")
 
-    try:
-        # A vocabulary of a multiple of 64 keeps the read-out's matrix shapes fast; the entries added are never targets.
-        model_config = DuoConfig(config.n_layer, config.n_head, config.n_embd, config.block_size,
-                                 -(-corpus.vocab_size // 64) * 64, config.big_width, config.small_width)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    # A vocabulary of a multiple of 64 keeps the read-out's matrix shapes fast; the entries added are never targets.
+    model_config = model_shape(config, -(-corpus.vocab_size // 64) * 64)
     model = DuoGPT(model_config).init_weights(generator("cpu", config.seed, "init")).to(device)
     model.compute_dtype, why = compute_dtype(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -369,7 +374,7 @@ def train(config):
     say(f"corpus {corpus.name}, fingerprint {corpus.fingerprint}")
     if step >= config.max_steps:
         say(f"{config.out_dir}/ckpt.pt: finished already, {step} of {config.max_steps} steps; nothing to do")
-        return evaluate(model, corpus, config, device)
+        return {}
     log = folder / "metrics.jsonl"
     if first:
         write_atomic(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
@@ -387,7 +392,7 @@ def train(config):
                 "fingerprint": corpus.fingerprint, "corpus": str(corpus.folder)})
 
     freeze(model, config, step)
-    fast = compiled(model, config, corpus, device, rank, world)  # the same parameters; evaluate and save use `model`
+    fast = compiled(model, config, corpus, device, step, rank, world)  # same parameters; evaluate and save use `model`
     stop = []  # signals received; the first one saves and leaves, a second one ends at once
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
                 for s in (signal.SIGINT, signal.SIGTERM)}
@@ -461,8 +466,6 @@ def train(config):
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if world > 1:
-        dist.destroy_process_group()
     if step < config.max_steps:
         say(f"interrupted: {config.out_dir}/ckpt.pt holds step {step} of {config.max_steps}; go on with --resume")
         return None
@@ -472,7 +475,11 @@ def train(config):
 
 
 def main(argv=None):
-    return 130 if train(parse_config(TrainConfig, argv, PRESETS)) is None else 0
+    try:
+        return 130 if train(parse_config(TrainConfig, argv, PRESETS)) is None else 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

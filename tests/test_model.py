@@ -297,8 +297,8 @@ def test_init_is_seeded_and_scaled():
     a, b, c = (DuoGPT(DuoConfig(2, 2, 64, 8, 100)).init_weights(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
-    assert a.blocks[0].qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert a.blocks[0].big.down.weight.std().item() == pytest.approx(0.01, rel=0.1)  # 0.02 / sqrt(2 * 2 layers)
+    assert a.blocks[0].qkv.weight.std().item() == pytest.approx(0.02 * 6 ** 0.5, rel=0.1)  # 384 / 64 = 6
+    assert a.blocks[0].big.down.weight.std().item() == pytest.approx(0.01 * 6 ** 0.5, rel=0.1)  # sqrt(2 * 2 layers)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -1,0 +1,151 @@
+"""Make README's tables and picture from the files in this folder: python results/make.py
+
+The tables stand between <!-- table: name --> and <!-- end -->; tests/test_readme.py checks that they are up to date.
+"""
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+sys.path.insert(0, str(HERE.parent))
+
+
+def lines(name):
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+
+
+def markdown(header, rows):
+    table = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
+
+
+def mean_and_spread(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def stage1(name):
+    """Validation loss in nats per token at each evaluation; the last row of bits per byte; the bigram's loss."""
+    log = lines(name)
+    evals = [line for line in log if line["kind"] == "eval"]
+    end = next(line for line in log if line["kind"] == "end")
+    order = [(domain, route) for domain in end["domains"] for route in end["domains"][domain]]
+    rows = [[line["step"]] + [f"{line['domains'][d][r]['loss']:.3f}" for d, r in order] for line in evals]
+    rows.append(["bits per byte"] + [f"{end['domains'][d][r]['bits_per_byte']:.3f}" for d, r in order])
+    bigram = [f"{end['bigram'][d]:.3f}" if r == "big" else "" for d, r in order]
+    rows.append(["bigram, nats", *bigram])
+    return markdown(["step"] + [f"{d}, {'random' if r == 'random' else 'all-' + r}" for d, r in order], rows)
+
+
+def speed():
+    report = json.loads((HERE / "h100_train_speed.json").read_text())
+    rows = [[r["variant"], f"{r['tokens_per_second'] / 1e3:.0f}k", f"{r['speed_against_nanogpt']:.2f}",
+             f"{r['flops_saved']:.1%}", f"{r['time_saved']:.1%}" if r["variant"] != "nanoGPT" else ""]
+            for r in report["train"]]
+    return markdown(["model", "tokens/s", "against nanoGPT", "FLOPs saved", "time saved"], rows)
+
+
+def profile():
+    """Where the time of a training step goes: the longest kernels, summed by kind."""
+    report = json.loads((HERE / "h100_profile.json").read_text())
+    kinds = {"matrix products": ("nvjet", "cublas"), "attention": ("cudnn",),
+             "loss over 50,304 entries": ("softmax", "logsumexp"), "optimizer and clipping": ("multi_tensor",),
+             "element-wise": ("",)}
+    total = dict.fromkeys(kinds, 0)
+    for ms, _, name in report["kernels"]:
+        total[next(kind for kind, parts in kinds.items() if any(part in name for part in parts))] += ms
+    rows = [[kind, f"{ms:.1f}", f"{ms / report['step_ms']:.0%}"] for kind, ms in total.items()]
+    rest = report["step_ms"] - sum(total.values())
+    rows.append(["hundreds of shorter kernels", f"{rest:.1f}", f"{rest / report['step_ms']:.0%}"])
+    return markdown(["kernels", "ms per step", "share"], rows)
+
+
+def skip_share():
+    """Which sequences skip, what that costs on two-way routes, what it gains on routes with skips."""
+    groups = defaultdict(list)
+    for run in lines("h100_skip_share.jsonl"):
+        loss = run["loss"]
+        groups[run["skip_every"], run["p_skip"]].append([
+            statistics.mean(loss[f"{d}/{r}"] for d in ("code", "prose") for r in kinds)
+            for kinds in (("big", "two"), ("three",), ("bigskip",))])
+    rows = []
+    for (every, share), runs in sorted(groups.items(), key=lambda item: statistics.mean(run[0] for run in item[1])):
+        sequences = {0: "none", 1: "all"}.get(every, f"every {every}th")
+        rows.append([sequences, share, *map(mean_and_spread, zip(*runs, strict=True))])
+    return markdown(["sequences that skip", "share", "all-big and random", "three-way random", "half BIG, half SKIP"],
+                    rows)
+
+
+def execution():
+    report = json.loads((HERE / "cpu_bench.json").read_text())
+    rows = [[r["p_big"], r["pass"], f"{r['flops_saved']:.1%}", f"{r['time_saved']:.1%}", f"{r['speedup']:.2f}"]
+            for r in report["execution"]]
+    return markdown(["p(big)", "pass", "FLOPs saved", "time saved", "dense time / sparse time"], rows)
+
+
+def inference():
+    report = json.loads((HERE / "cpu_bench.json").read_text())
+    rows = [[f"{r['route']}, width {r['width']}", f"{r['flops_saved']:.1%}", f"{r['time_saved']:.1%}"]
+            for r in report["inference"]]
+    return markdown(["route", "FLOPs saved", "time saved"], rows)
+
+
+TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lambda: stage1("cpu_stage1.jsonl"),
+          "speed": speed, "profile": profile, "skip-share": skip_share, "execution": execution, "inference": inference}
+
+
+def fill(text):
+    """README's text -> the same with each table made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        before, rest = text.split(start)
+        text = before + start + make() + "\n" + rest[rest.index(end):]
+    return text
+
+
+def draw():
+    """The picture: left, what a route is (drawn at random); right, the loss under three policies, measured."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from model import random_route
+
+    colour = {"skip": "#dddddd", "small": "#e69f00", "big": "#0072b2", "random": "#009e73"}
+    plt.rcParams.update({"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "nanoduo"})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1, 1.15), layout="constrained")
+    words = ["def", " mean", "(", "x", "):", " return", " sum", "(", "x", ")"]
+    route = random_route(1, len(words), 12, 0.2, 0.4, torch.Generator().manual_seed(3))[0]  # [T, L]
+    for t in range(len(words)):
+        for layer, choice in enumerate(route[t].tolist()):
+            kind = ("skip", "small", "big")[choice]
+            size = (0.12, 0.4, 0.84)[choice]
+            left.add_patch(plt.Rectangle((t - size / 2, layer - 0.42), size, 0.84, color=colour[kind], lw=0))
+    left.set(xlim=(-0.7, len(words) - 0.3), ylim=(-0.7, 11.7), yticks=range(0, 12), ylabel="layer",
+             title="every token takes its own route")
+    left.set_xticks(range(len(words)), [word.replace(" ", "·") for word in words], rotation=45, ha="right")
+    left.spines[:].set_visible(False)
+    keys = [plt.Rectangle((0, 0), 1, 1, color=colour[kind], label=kind.upper()) for kind in ("big", "small", "skip")]
+    left.legend(handles=keys, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.24), frameon=False)
+    evals = [line for line in lines("h100_stage1.jsonl") if line["kind"] == "eval"]
+    for domain, style in (("prose", "--"), ("code", "-")):
+        for kind in ("small", "random", "big"):
+            loss = [line["domains"][domain][kind]["loss"] for line in evals]
+            name = kind if kind == "random" else f"all-{kind}"
+            right.plot([line["step"] for line in evals], loss, style, color=colour[kind], marker="o", ms=3,
+                       label=f"{domain}, {name}")
+    right.set(xlabel="training step (32,768 tokens each)", ylabel="validation loss (nats per token)",
+              title="one model, three policies")
+    right.grid(alpha=0.3)
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, ncols=2, fontsize=9)
+    figure.savefig(HERE / "stage1.svg", metadata={"Date": None})
+    figure.savefig(HERE / "stage1.png", dpi=110)
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
+    draw()

@@ -1,0 +1,75 @@
+import json
+import time
+
+import pytest
+import torch
+
+import bench
+from common import UserError
+from model import BIG, SMALL, DuoConfig, DuoGPT
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_measure_takes_turns_and_medians(monkeypatch):
+    order = []
+
+    def variant(name, milliseconds):
+        def function():
+            order.append(name)
+            time.sleep(milliseconds / 1e3)
+        return function
+
+    ms = bench.measure({"fast": variant("fast", 20), "slow": variant("slow", 60)}, torch.device("cpu"))
+    assert 2 < ms["slow"] / ms["fast"] < 4 and 20 <= ms["fast"] < 40
+    rounds = order[8:]  # after three warm-up calls and one to size a round, of each
+    assert sum(a != b for a, b in zip(rounds, rounds[1:], strict=False)) == 2 * bench.ROUNDS - 1
+
+
+def test_tables_on_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    bench.main(["--preset=debug", "--device=cpu", f"--save={tmp_path / 'b.json'}"])
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["torch"] == torch.__version__ and report["matmul_tflops"] > 0 and "train" not in report
+    assert [(r["p_big"], r["pass"]) for r in report["execution"]][:2] == [(0.1, "forward"), (0.1, "forward + backward")]
+    for row in report["execution"]:
+        assert row["time_saved"] == pytest.approx(1 - 1 / row["speedup"])
+    model = DuoGPT(DuoConfig(2, 1, 64, 32, 4096))
+    by_route = {r["route"]: r for r in report["inference"]}
+    assert by_route["all-small"]["flops"] == pytest.approx(model.flops(SMALL) / model.flops(BIG))
+    assert by_route["all-big"]["time"] == 1 and by_route["all-big"]["flops_saved"] == 0
+    saved = [r["flops_saved"] for r in report["execution"]]
+    assert saved == sorted(saved, reverse=True) and saved[-1] > 0  # less BIG, more saved
+    # Dense execution computes both FFNs for all tokens: at p(big) = 0.5 sparse saves one small and one big FFN in two.
+    half = next(r["flops_saved"] for r in report["execution"] if r["p_big"] == 0.5)
+    one_small = 2 * 6 * 64 * 16
+    expected = (model.flops(BIG) - model.flops(SMALL)) / 2 + one_small
+    assert half == pytest.approx(expected / (model.flops(BIG) + one_small))
+    printed = capsys.readouterr().out
+    assert "flops_saved" in printed and "time_saved" in printed
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--part=speed", "--part=speed: choose from train, execution"),
+    ("--against=nowhere", "--against=nowhere: no model.py there"),
+    pytest.param("--part=train", "--part=train and --against: need a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    pytest.param("--profile", "--profile: needs a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+])
+def test_bad_input(flag, words):
+    with pytest.raises(UserError, match=words):
+        bench.main(["--preset=debug", flag])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_training_step_on_cuda():
+    step = bench.duo_step(DuoConfig(2, 2, 64, 32, 128), 4, torch.device("cuda"), 1, 0.5)
+    for _ in range(4):  # compile, capture, replay
+        step()

@@ -1,0 +1,78 @@
+"""README is code too: its commands parse, its tables come from results/, its numbers agree with them."""
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig"}
+COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+\.py[^`|#\n]*)", README)))
+
+
+def results(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 10 and {c.split(".py")[0] for c in COMMANDS} >= {"train", "sample", "bench"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command):
+    script, *flags = shlex.split(command)
+    module = importlib.import_module(script.removesuffix(".py"))
+    if flags == ["--help"]:
+        return
+    flags = ["--device=cpu" if flag == "--device=cuda" else flag for flag in flags]
+    parse_config(getattr(module, CONFIGS[script.removesuffix(".py")]), flags, module.PRESETS)
+
+
+def test_flags_exist():
+    known = {"--nproc_per_node"}
+    for name, config in CONFIGS.items():
+        module = importlib.import_module(name)
+        known |= {f"--{field}" for field in getattr(module, config).__dataclass_fields__} | {"--help"}
+    assert set(re.findall(r"--[a-z_]+", re.sub(r"<!--.*?-->", "", README))) <= known
+
+
+def test_run_sh_knows_its_commands():
+    assert set(re.findall(r"bash run\.sh(?: (\w+))?", README)) == {"", "test"}
+    done = subprocess.run(["bash", "-n", ROOT / "run.sh"], check=False)
+    assert done.returncode == 0
+
+
+def test_tables_are_up_to_date():
+    sys.path.insert(0, str(ROOT / "results"))
+    make = importlib.import_module("make")
+    assert make.fill(README) == README, "run `python results/make.py`"
+
+
+def test_files_named_exist():
+    for name in re.findall(r"`((?:\w+/)?\w+\.(?:py|md|sh|svg))`|\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / "".join(name)).exists(), name
+
+
+def test_numbers_in_the_text():
+    speed = {row["variant"]: row for row in results("h100_train_speed.json")["train"]}
+    dense, sparse = speed["ours, dense (all BIG)"], speed["ours, p(big) = 0.5"]
+    factor = sparse["tokens_per_second"] / dense["tokens_per_second"]
+    assert f"Sparsity gives a factor of {factor:.2f} and everything else {dense['speed_against_nanogpt']:.2f}" in README
+    two = results("h100_two_gpus.json")
+    n, one = two["tokens_per_second"], two["one_gpu_tokens_per_second"]
+    assert f"{n / 1e6:.2f} M tokens/s against {one / 1e6:.2f} M on one, {n / one:.2f} times" in README
+    run = results("h100_run.json")
+    assert f"98 M tokens in {run['wall_seconds']} s in all, of which compiling took {run['compile_seconds']}" in README
+    for name in ("h100", "cpu"):
+        log = [json.loads(line) for line in (ROOT / f"results/{name}_stage1.jsonl").read_text().splitlines()]
+        assert f"`{log[0]['fingerprint']}`" in README
+        end = next(line for line in log if line["kind"] == "end")
+        for domain, routes in end["domains"].items():
+            assert routes["big"]["loss"] < end["bigram"][domain]
