@@ -132,7 +132,7 @@ def model_shape(config, vocab_size):
 
 
 def phase(config, step):
-    """-> what routes the tokens at this step (\"random\" or \"big\"), the step within the phase, the phase's length."""
+    """-> what routes the tokens at this step ("random" or "big"), the step within the phase, the phase's length."""
     if config.train_route != "big_then_small":
         return config.train_route, step, config.max_steps
     half = config.max_steps // 2
@@ -152,10 +152,9 @@ def freeze(model, config, step):
     """While all tokens are routed to BIG, the SMALL FFNs stay as they are; in the second phase of big_then_small they
     alone learn (paper, section 3.1, the ablation of Fig. 8)."""
     kind = phase(config, step)[0]
+    small_learns, rest_learns = kind == "random", kind == "big" or config.train_route == "random"
     for name, parameter in model.named_parameters():
-        is_small = ".small." in name
-        parameter.requires_grad_(is_small if config.train_route == "big_then_small" and kind == "random"
-                                 else kind == "random" or not is_small)
+        parameter.requires_grad_(small_learns if ".small." in name else rest_learns)
 
 
 def skipping(config, first, n):
@@ -165,7 +164,7 @@ def skipping(config, first, n):
 
 def stage1_route(config, B, generator):
     """Random routing of a whole batch -> [B, T, L]. Two ways (SMALL, BIG) as in the paper, but three ways in every
-    skip_every-th sequence: skipping tokens blur the context of their neighbours, and NOTES.md has what that costs."""
+    skip_every-th sequence. (README has what skips in training cost and what they buy.)"""
     T, L = config.block_size, config.n_layer
     route = random_route(B, T, L, 0.0, config.p_big, generator)
     three_way = route[skipping(config, 0, B)]

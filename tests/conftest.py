@@ -1,4 +1,26 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import UserError
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """So small a model gains nothing from a second thread, and waits for it where cores are busy. (The processes that are
+    compared bitwise run on one thread too.)"""
+    torch.set_num_threads(1)
+
+
+def user_error(call, *parts):
+    """call() must raise a UserError of one line that holds all parts -> the line"""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+    return message

@@ -9,14 +9,6 @@ from common import UserError
 from model import BIG, SMALL, DuoConfig, DuoGPT
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_measure_takes_turns_and_medians(monkeypatch):
     order = []
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import user_error
 
 import common
 import train
@@ -31,17 +32,6 @@ PRESETS = {"small": {"n_layer": 2, "learning_rate": 0.25}, "gpu": {"n_layer": 3}
 
 def parse(*argv):
     return parse_config(Config, list(argv), PRESETS)
-
-
-def user_error(call, *parts):
-    """call() must raise a UserError of one line that holds all parts -> the line"""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
-    return message
 
 
 class SizeLimit:

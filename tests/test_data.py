@@ -18,8 +18,9 @@ import tiktoken
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from conftest import user_error
+
 import data
-from common import UserError
 
 WORDS = ["alpha", "beta", "gamma", "delta", "loss", "model", "token", "route", "layer", "skip", "small", "big", "all"]
 REAL_FILES = functools.cache(data.python_files)
@@ -66,17 +67,6 @@ def tiny(tmp_path, corpus="python", name="data", **options):
 
 def text_of(corpus, tokens):
     return corpus.encoding.decode(tokens.tolist())
-
-
-def user_error(call, *parts):
-    """call() must raise a UserError of one line that holds all parts."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

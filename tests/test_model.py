@@ -13,14 +13,6 @@ B, T, L, V = 3, 12, 4, 64
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     model = DuoGPT(DuoConfig(L, 2, 32, T, V, big_width=64, small_width=8)).init_weights(g)

@@ -21,15 +21,6 @@ L, T, VOCAB = 12, 32, 300  # layers, context and vocabulary of the run below; it
 PATTERN = "012121012121"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from a second thread, and waits for it where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory):
     """A run of 20 steps on a small folder of text."""

@@ -33,15 +33,6 @@ TINY = {"preset": "debug", "device": "cpu", "vocab_size": 300, "n_layer": 2, "n_
 WORDS = ["alpha", "beta", "gamma", "loss", "model", "token", "route", "layer", "skip", "small", "big"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bitwise comparisons with processes that run on one thread; and other tests may want the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write_texts(folder, n=30):
     folder.mkdir()
     for i in range(n):
