@@ -10,8 +10,8 @@ from common import UserError
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """So small a model gains nothing from a second thread, and waits for it where cores are busy. (The processes that are
-    compared bitwise run on one thread too.)"""
+    """So small a model gains nothing from a second thread, and waits for it where cores are busy. (The processes that
+    are compared bitwise run on one thread too.)"""
     torch.set_num_threads(1)
 
 
