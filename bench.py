@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common import UserError, arg, compute_dtype, find_device, generator, parse_config, run, write_atomic
 from model import BIG, SMALL, DuoConfig, DuoGPT, random_route, route_counts
@@ -38,7 +39,7 @@ PRESETS = {"gpu": {}, "cpu": {}, "debug": {}}
 SHAPES = {  # preset: layers, (sequences, context), widths for inference
     "gpu": (12, (8, 1024), (384, 1024)),
     "cpu": (12, (4, 128), (256, 512)),
-    "debug": (2, (2, 32), (64, 64)),
+    "debug": (2, (2, 32), (64, 128)),
 }
 
 
@@ -59,7 +60,7 @@ def measure(variants, device):
         synchronize(device)
         calls[name] = max(1, round(0.2 / (time.perf_counter() - start)))  # a round of a variant takes about 0.2 s
     times = {name: [] for name in variants}
-    for _ in range(ROUNDS):
+    for _ in tqdm(range(ROUNDS), f"timing {', '.join(variants)}", leave=False, disable=None):
         for name, function in variants.items():
             synchronize(device)
             start = time.perf_counter()

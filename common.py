@@ -130,7 +130,7 @@ def compute_dtype(device):
     """The dtype of activations, and why. Parameters and optimizer state are always float32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU multiplies bfloat16 natively"
-    return torch.float32, "float32: no native bfloat16 here"
+    return torch.float32, "no native bfloat16 here"
 
 
 def derive_seed(seed, *purpose):
@@ -168,6 +168,8 @@ def write_atomic(path, data):
 def open_out_dir(out_dir):
     """Create the run's folder and prove that it can be written to, before hours are spent. -> Path"""
     folder = Path(out_dir)
+    if folder.is_file():
+        raise UserError(f"--out_dir={out_dir}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / ".probe", b"x")
     (folder / ".probe").unlink(missing_ok=True)  # another process of the same torchrun may have been faster

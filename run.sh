@@ -5,6 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+case "${1-}" in
+    ""|test|setup) ;;
+    -h|--help) sed -n '2,4s/^# //p' run.sh; exit 0 ;;
+    *) echo "run.sh: error: unknown argument $1: use none, test, or setup" >&2; exit 2 ;;
+esac
+
 # The environment is made once, and again when requirements.txt has changed. PYTHON chooses the interpreter.
 venv=.venv
 if ! cmp -s requirements.txt "$venv/requirements.txt"; then
@@ -20,9 +26,8 @@ if ! cmp -s requirements.txt "$venv/requirements.txt"; then
 fi
 
 case "${1-}" in
-    "")    "$venv/bin/python" train.py --resume
-           "$venv/bin/python" sample.py ;;
-    test)  shift; "$venv/bin/python" -m pytest "$@" ;;
-    setup) ;;
-    *)     echo "run.sh: error: unknown argument $1: use none, test, or setup" >&2; exit 2 ;;
+    "")   "$venv/bin/python" train.py --resume
+          "$venv/bin/python" sample.py --route=random
+          echo "for more: source $venv/bin/activate, then python sample.py --compare" ;;
+    test) shift; "$venv/bin/python" -m pytest "$@" ;;
 esac

@@ -369,7 +369,7 @@ def train(config):
 
     say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
     say(model.parameter_table())
-    say(f"device {device}, {world} process(es), activations {model.compute_dtype}: {why}")
+    say(f"device {device}, processes {world}, activations {model.compute_dtype} ({why})")
     say(f"corpus {corpus.name}, fingerprint {corpus.fingerprint}")
     if step >= config.max_steps:
         say(f"{config.out_dir}/ckpt.pt: finished already, {step} of {config.max_steps} steps; nothing to do")
@@ -466,7 +466,8 @@ def train(config):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if step < config.max_steps:
-        say(f"interrupted: {config.out_dir}/ckpt.pt holds step {step} of {config.max_steps}; go on with --resume")
+        say(f"interrupted: {config.out_dir}/ckpt.pt holds step {step} of {config.max_steps}; the same command with "
+            "--resume goes on (bash run.sh does so by itself)")
         return None
     say(f"done: {config.out_dir}/ckpt.pt. The bigram is interpolated, fitted on the same training tokens.\n"
         f"{table(result, baseline)}\nnext: python sample.py --out_dir={config.out_dir}")

@@ -32,15 +32,15 @@ def test_tables_on_the_cpu(tmp_path, capsys, monkeypatch):
     assert [(r["p_big"], r["pass"]) for r in report["execution"]][:2] == [(0.1, "forward"), (0.1, "forward + backward")]
     for row in report["execution"]:
         assert row["time_saved"] == pytest.approx(1 - 1 / row["speedup"])
-    model = DuoGPT(DuoConfig(2, 1, 64, 32, 4096))
-    by_route = {r["route"]: r for r in report["inference"]}
+    model = DuoGPT(DuoConfig(2, 2, 128, 32, 4096))
+    by_route = {r["route"]: r for r in report["inference"] if r["width"] == 128}
     assert by_route["all-small"]["flops"] == pytest.approx(model.flops(SMALL) / model.flops(BIG))
     assert by_route["all-big"]["time"] == 1 and by_route["all-big"]["flops_saved"] == 0
     saved = [r["flops_saved"] for r in report["execution"]]
     assert saved == sorted(saved, reverse=True) and saved[-1] > 0  # less BIG, more saved
     # Dense execution computes both FFNs for all tokens: at p(big) = 0.5 sparse saves one small and one big FFN in two.
     half = next(r["flops_saved"] for r in report["execution"] if r["p_big"] == 0.5)
-    one_small = 2 * 6 * 64 * 16
+    one_small = 2 * 6 * 128 * 32
     expected = (model.flops(BIG) - model.flops(SMALL)) / 2 + one_small
     assert half == pytest.approx(expected / (model.flops(BIG) + one_small))
     printed = capsys.readouterr().out

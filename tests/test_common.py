@@ -238,8 +238,7 @@ def test_open_out_dir(tmp_path, monkeypatch):
     (folder / "ckpt.pt").write_bytes(b"x")
     common.open_out_dir(folder)
     assert os.listdir(folder) == ["ckpt.pt"]
-    with pytest.raises(OSError):
-        common.open_out_dir(folder / "ckpt.pt")
+    user_error(lambda: common.open_out_dir(folder / "ckpt.pt"), "ckpt.pt: is a file; give a folder")
     with SizeLimit(0), pytest.raises(OSError):
         common.open_out_dir(folder)
     # Two processes of torchrun open the same folder; the other one may have taken the probe away.
