@@ -476,8 +476,8 @@ def test_bits_per_byte(base, config, corpus):
 def test_what_is_printed(go, capfd):
     go()
     out, err = capfd.readouterr()
-    for part in ("n_layer=2", "seed=1", "parameters", "embeddings", "device cpu, processes 1", "float32", "fingerprint ",
-                 "bigram", "bits/byte", "next: python sample.py"):
+    for part in ("n_layer=2", "seed=1", "parameters", "embeddings", "device cpu, processes 1", "float32",
+                 "fingerprint ", "bigram", "bits/byte", "next: python sample.py"):
         assert part in out
     bar = re.split("[\r\n]", err.strip())[-1]
     # step, %, smoothed loss, tok/s, elapsed and remaining time
