@@ -475,11 +475,11 @@ def train(config):
 
 
 def main(argv=None):
-    try:
-        return 130 if train(parse_config(TrainConfig, argv, PRESETS)) is None else 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    result = train(parse_config(TrainConfig, argv, PRESETS))
+    if dist.is_initialized():
+        dist.barrier()  # one that leaves while the first still works may abort, which torchrun calls a failure
+        dist.destroy_process_group()
+    return 130 if result is None else 0
 
 
 if __name__ == "__main__":
