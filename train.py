@@ -451,7 +451,8 @@ def train(config):
             if evaluating and first:
                 result = evaluate(model, corpus, config, device)
                 append_jsonl(log, {"kind": "eval", "step": step, "domains": result})
-                bar.write(f"step {step}, validation\n{table(result)}")
+                if step < config.max_steps:  # the last one is printed at the end, beside the bigram's
+                    bar.write(f"step {step}, validation\n{table(result)}")
             if step == config.max_steps and first:  # before the checkpoint: where that is complete, the log is too
                 baseline = bigram(corpus, config)
                 append_jsonl(log, {"kind": "end", "step": step, "domains": result, "bigram": baseline,

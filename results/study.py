@@ -1,6 +1,7 @@
-"""The runs behind h100_skip_share.jsonl: python results/study.py (12 minutes on an H100; one line per run is appended).
+"""The runs behind h100_skip_share.jsonl, for a GPU: python results/study.py writes out/study/skip_share.jsonl.
 
-Short gpu-preset trainings that differ in which sequences skip and how much, each evaluated on five kinds of routes.
+Short gpu-preset trainings that differ in which sequences skip and how much, each evaluated on five kinds of routes. The
+committed figures were made by an earlier form of it; the shares in all sequences before train.py had skip_every.
 """
 import json
 import sys
@@ -11,22 +12,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train
-from common import generator, load_run, parse_config
+from common import find_device, generator, load_run, parse_config
 from model import BIG, SMALL, random_route
 
-OUT = Path(__file__).with_name("h100_skip_share.jsonl")
+OUT = Path("out/study/skip_share.jsonl")
 
 
 @torch.no_grad()
 def losses(out_dir, config):
     """-> {"domain/kind of route": nats per token} on the validation windows that train.py evaluates on."""
-    model, shape, checkpoint = load_run(out_dir, "cuda")
+    device = find_device(config.device)
+    model, shape, checkpoint = load_run(out_dir, device)
     corpus = data.load(Path(checkpoint["corpus"]))
     result = {}
     for domain in corpus.domains:
-        x, y = (t.cuda() for t in train.validation_windows(corpus, config, domain))
+        x, y = (t.to(device) for t in train.validation_windows(corpus, config, domain))
         shares = {"two": (0.0, 0.5), "three": (1 / 3, 1 / 3), "bigskip": (0.5, 0.5)}  # p_skip, p_big
-        routes = {kind: random_route(len(x), shape.block_size, shape.n_layer, *p, generator("cuda", 1, "study", domain))
+        routes = {kind: random_route(len(x), shape.block_size, shape.n_layer, *p, generator(device, 1, "study", domain))
                   for kind, p in shares.items()} | {"small": SMALL, "big": BIG}
         for kind, route in routes.items():
             parts = [model(x[i:i + 64], route if isinstance(route, int) else route[i:i + 64], y[i:i + 64],

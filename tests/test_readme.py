@@ -70,6 +70,9 @@ def test_numbers_in_the_text():
     assert f"{n / 1e6:.2f} M tokens/s against {one / 1e6:.2f} M on one, {n / one:.2f} times" in README
     run = results("h100_run.json")
     assert f"98 M tokens in {run['wall_seconds']} s in all, of which compiling took {run['compile_seconds']}" in README
+    cpu = results("cpu_run.json")
+    assert "took {} minutes and {} seconds".format(*divmod(cpu["wall_seconds"], 60)) in README
+    assert "takes {} to {} s on 2 cores".format(*cpu["prepare_gpu_corpus_seconds"]) in README
     for name in ("h100", "cpu"):
         log = [json.loads(line) for line in (ROOT / f"results/{name}_stage1.jsonl").read_text().splitlines()]
         assert f"`{log[0]['fingerprint']}`" in README
