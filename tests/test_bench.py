@@ -65,3 +65,13 @@ def test_training_step_on_cuda():
     step = bench.duo_step(DuoConfig(2, 2, 64, 32, 128), 4, torch.device("cuda"), 1, 0.5)
     for _ in range(4):  # compile, capture, replay
         step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_captured_call_does_the_same_work():
+    x, total = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
+    replay = bench.captured(lambda: total.add_(x), torch.device("cuda"))
+    total.zero_()
+    x.fill_(2)
+    replay()
+    assert total.tolist() == [2, 2, 2]

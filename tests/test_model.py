@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, expand_route, random_route, route_counts, sort_route
 
 B, T, L, V = 3, 12, 4, 64
+ROUNDING = {"cpu": 1, "cuda": 10}  # a GPU adds in another order, and these weights are large
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
 
@@ -48,7 +49,7 @@ def test_sparse_equals_dense(seed, device):
         loss2, gradients2 = loss_and_gradients(model, idx, route, targets)
         torch.testing.assert_close(loss2, loss, rtol=1e-5, atol=1e-5)
         for name in gradients:
-            torch.testing.assert_close(gradients2[name], gradients[name], rtol=1e-3, atol=2e-5, msg=name)
+            torch.testing.assert_close(gradients2[name], gradients[name], rtol=1e-3, atol=2e-5 * ROUNDING[device], msg=name)
 
 
 def test_causality():
@@ -148,7 +149,7 @@ def test_token_by_token_equals_whole(execution, device):
             cuts = [0, first, *range(first + 1, T - 2), T] if first < T else [0, T]
             parts = [model(idx[:, a:b], route[:, a:b], cache=cache)[0] for a, b in itertools.pairwise(cuts)]
             assert cache.length == T
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4 * ROUNDING[device])
 
 
 class LinearRouter:
