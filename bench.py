@@ -4,8 +4,9 @@
     python bench.py --part=train --against=PATH       stage-1 training at nanoGPT's 124M shape, against PATH's own model
 
 Parts: `train` (GPU only), `execution` (sparse against dense, at four shares of BIG), `inference` (does time follow
-FLOPs?). Variants that are compared are timed in turns, round by round; the figures are medians and their
-ratios. Compilation and warm-up are left out. Tokens and weights are random: time does not depend on them.
+FLOPs?), `oracle` (the prefix tree against naive enumeration). Variants that are compared are timed in turns, round by
+round; the figures are medians and their ratios. Compilation and warm-up are left out. Tokens and weights are random:
+time does not depend on them.
 """
 import importlib.util
 import json
@@ -18,14 +19,15 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, arg, compute_dtype, find_device, generator, parse_config, run, write_atomic
-from model import BIG, SMALL, DuoConfig, DuoGPT, random_route, route_counts
+from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, random_route, route_counts
+from search import Search, make_tree
 
 ROUNDS = 7
 
 
 @dataclass
 class BenchConfig:
-    part: str = arg("all", "train, execution, inference or all")
+    part: str = arg("all", "train, execution, inference, oracle or all")
     against: str = arg("", "a checkout of nanoGPT (yours; none of its code is here), for --part=train")
     profile: bool = arg(False, "also print the kernels that take the most time")
     save: str = arg("", "write the figures to this JSON file")
@@ -227,6 +229,58 @@ def bench_inference(bench, device):
     return rows
 
 
+@torch.no_grad()
+def bench_oracle(bench, device):
+    """Exhaustive search of one token in S sequences: the prefix tree against naive enumeration, where each route is a
+    pass of its own with the same keys, kernels and read-out (timed on 64 routes drawn at random)."""
+    L, S, d, V, t = {"gpu": (12, 4096, 384, 4096, 128), "cpu": (12, 128, 64, 1024, 64), "debug": (4, 4, 32, 64, 5)}[
+        bench.preset]
+    model = make_model(DuoConfig(L, max(1, d // 64), d, 2 * t, V), device, bench.seed)
+    dtype = model.compute_dtype
+    model = model.to(dtype)
+    g = generator(device, bench.seed, "tokens")
+    rows = []
+    for choices, n in (((SMALL, BIG), S), ((SKIP, SMALL, BIG), max(1, S // 256))):
+        if len(choices) == 3 and bench.preset == "cpu":
+            continue  # half a minute a round
+        routes = f"{len(choices)}^{L}"
+        shape = (2, L, n, model.config.n_head, t - 1, d // model.config.n_head)
+        past = torch.randn(shape, generator=g, device=device, dtype=dtype)
+        idx = torch.randint(V, (n,), generator=g, device=device)
+        directions = model.embedding.weight[idx].float().unsqueeze(1)
+        search = Search(model, idx, past, directions)
+        limit = max(1, (500_000 if device.type == "cuda" else 4096) // n)
+        tree = make_tree(model, choices, (None, None), limit)
+        picked = tree.routes[torch.randperm(len(tree.routes), generator=torch.Generator().manual_seed(1))[:64]].tolist()
+
+        def naive(search=search, picked=picked):
+            for route in picked:
+                x = search.start
+                for layer, choice in enumerate(route):
+                    x = search.expand(layer, x, [(choice, None)])
+                search.read_out(x)
+
+        variants, counted = {"tree": lambda: search.leaf_losses(tree)}, {}
+        if len(choices) == 2:  # with three, so few sequences go on at once that single routes would starve a GPU
+            variants["naive"] = naive
+        for name, function in variants.items():
+            search.flops = 0
+            function()
+            counted[name] = search.flops
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = measure({name: captured(f, device) if name == "naive" else f for name, f in variants.items()}, device)
+        scale = len(tree.routes) / len(picked)
+        rows.append({"routes": routes, "gflop_per_token": counted["tree"] / n / 1e9,
+                     "tokens_per_second": n / ms["tree"] * 1e3,
+                     "tflop_per_second": counted["tree"] / ms["tree"] / 1e9,
+                     "counted_ratio": counted["naive"] * scale / counted["tree"] if "naive" in ms else None,
+                     "measured_ratio": ms["naive"] * scale / ms["tree"] if "naive" in ms else None,
+                     "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+                     "kernels": kernels(variants["tree"]) if bench.profile else None})
+    return rows
+
+
 def show(part, rows):
     """Print the rows as a table, and the kernels where they were recorded."""
     print(f"\n{part}")
@@ -246,7 +300,7 @@ def show(part, rows):
 def main(argv=None):
     bench = parse_config(BenchConfig, argv, PRESETS)
     device = find_device(bench.device)
-    parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference}
+    parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference, "oracle": bench_oracle}
     if bench.part not in (*parts, "all"):
         raise UserError(f"--part={bench.part}: choose from {', '.join(parts)}, all")
     if bench.against and not (Path(bench.against) / "model.py").exists():

@@ -17,7 +17,6 @@ Two ways to execute a route, with equal values and gradients:
 """
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -229,7 +228,7 @@ class Block(nn.Module):
         self.small = SwiGLU(width, config.small_width)
         self.big = SwiGLU(width, config.big_width)
 
-    def attend(self, cos, sin, cache, layer, q, k, v):
+    def attend(self, q, k, v, cos, sin, cache, layer):
         """q, k, v [B, T, d] -> [B, T, d]. With a cache the keys and values of earlier tokens come first. q=None: all
         tokens skip, so keys and values are written and nothing is read."""
         past = cache.length if cache is not None else 0
@@ -246,9 +245,8 @@ class Block(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
         return y.transpose(1, 2).flatten(2)
 
-    def forward(self, x, sorting, attend):
-        """The sparse path. x [B, T, d] -> [B, T, d]; only the work that the tokens chose is done. attend: what reads the
-        context, a function of q, k, v (the oracle has one of its own)."""
+    def forward(self, x, sorting, cos, sin, cache=None, layer=0):
+        """The sparse path. x [B, T, d] -> [B, T, d]; only the work that the tokens chose is done."""
         n_skip, n_small, n_big = sorting.counts
         n_read = n_small + n_big
         h = self.attention_norm(x)
@@ -259,7 +257,7 @@ class Block(nn.Module):
             k, v = F.linear(h, w_kv).chunk(2, dim=-1)
             q = sorting.apply(h, (n_skip, None), (n_read, lambda rows: F.linear(rows, w_q))) if n_read else None
         # One fused kernel over the whole sequence; rows of skipping tokens come out of it and are dropped.
-        y = attend(q, k, v)
+        y = self.attend(q, k, v, cos, sin, cache, layer)
         if n_read == 0:
             return x
         x = x + sorting.apply(y, (n_skip, None), (n_read, self.out))
@@ -267,11 +265,11 @@ class Block(nn.Module):
         return x + sorting.apply(x, (n_skip, None), (n_small, lambda rows: self.small(self.ffn_norm(rows))),
                                  (n_big, lambda rows: self.big(self.ffn_norm(rows))))
 
-    def forward_dense(self, x, choice, attend):
+    def forward_dense(self, x, choice, cos, sin, cache=None, layer=0):
         """The slow obvious path: everything for everyone, then select by choice [B, T]."""
         choice = choice.unsqueeze(-1)
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        y = x + self.out(attend(q, k, v))
+        y = x + self.out(self.attend(q, k, v, cos, sin, cache, layer))
         h = self.ffn_norm(y)
         y = y + torch.where(choice == BIG, self.big(h), self.small(h))
         return torch.where(choice == SKIP, x, y)
@@ -334,11 +332,10 @@ class DuoGPT(nn.Module):
                 sorting = sort_route(choices[-1].unsqueeze(-1), B, T, 1)[0]
             else:
                 sorting = sortings[layer]
-            attend = partial(block.attend, *position, cache, layer)
             if self.execution == "dense":
-                x = block.forward_dense(x, choices[layer], attend)
+                x = block.forward_dense(x, choices[layer], *position, cache, layer)
             else:
-                x = block(x, sorting, attend)
+                x = block(x, sorting, *position, cache, layer)
         if cache:
             cache.length += T
         h, weight = self.final_norm(x), self.embedding.weight.to(x.dtype)

@@ -49,7 +49,8 @@ def test_sparse_equals_dense(seed, device):
         loss2, gradients2 = loss_and_gradients(model, idx, route, targets)
         torch.testing.assert_close(loss2, loss, rtol=1e-5, atol=1e-5)
         for name in gradients:
-            torch.testing.assert_close(gradients2[name], gradients[name], rtol=1e-3, atol=2e-5 * ROUNDING[device], msg=name)
+            torch.testing.assert_close(gradients2[name], gradients[name], rtol=1e-3, atol=2e-5 * ROUNDING[device],
+                                       msg=name)
 
 
 def test_causality():

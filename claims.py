@@ -1,0 +1,329 @@
+"""From the oracle's files to its tables: intervals by bootstrap over sequences, and the paper's claims (F1..F10).
+
+Everything is paired: policies are compared on the same tokens, and a resample draws the same sequences for all of them.
+An estimate is a function of means over sequences; the function gets an array [..., q] of q means, and is applied to the
+sample's means and to those of each resample.
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common import write_atomic
+from model import BIG, SKIP
+
+RESAMPLES = 2000
+
+
+def bootstrap_means(values, seed=0):
+    """values [S, q], one row a sequence -> means of RESAMPLES resamples of the sequences [RESAMPLES, q]"""
+    S = len(values)
+    counts = np.random.default_rng(seed).multinomial(S, [1 / S] * S, size=RESAMPLES)  # how often each one is drawn
+    return counts @ values / S
+
+
+def interval(values, estimate=lambda m: m[..., 0]):
+    """values [S] or [S, q] -> (estimate, low, high): a 95% bootstrap interval over sequences. With one sequence there
+    is no interval: low and high are nan."""
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    point = float(estimate(values.mean(0)))
+    if len(values) < 2:
+        return point, float("nan"), float("nan")
+    low, high = np.percentile(estimate(bootstrap_means(values)), [2.5, 97.5])
+    return point, float(low), float(high)
+
+
+def verdict(parts):
+    """parts: [(estimate, low, high), ...], each to be above 0 -> "holds" when all intervals are above 0, "fails" when
+    one is below 0, else "undecided"."""
+    if all(low > 0 for _, low, _ in parts):
+        return "holds"
+    return "fails" if any(high < 0 for _, _, high in parts) else "undecided"
+
+
+def above(part, bound):
+    """(estimate, low, high) of x -> that of x - bound, which a claim wants above 0"""
+    return tuple(value - bound for value in part)
+
+
+def below(part, bound):
+    estimate, low, high = part
+    return bound - estimate, bound - high, bound - low
+
+
+def finding(id, claim, parts, detail, effect=None):
+    """-> a line of findings.json. parts: what must be above 0, as in verdict(); the weakest one is shown, unless
+    `effect` (estimate, low, high) says it better. detail: what a reader may want to know besides."""
+    shown = effect or min(parts, key=lambda part: part[1] if part[1] == part[1] else part[0])
+    return {"id": id, "claim": claim, "effect": shown[0], "ci": list(shown[1:]), "verdict": verdict(parts),
+            "detail": detail}
+
+
+def centre_of_mass(big):
+    """BIG choices [..., L] -> where in depth they lie, 0 the first layer, 1 the last. A ratio of means."""
+    L = big.shape[-1]
+    return (big * np.arange(L)).sum(-1) / ((L - 1) * big.sum(-1))
+
+
+def f1(random, best100, oracle):
+    """[S, K] losses per sequence, for k = 2..10."""
+    K = oracle.shape[1]
+    both = np.concatenate((random, best100, oracle), 1)
+    parts, detail = [], []
+    for i in range(K):
+        above = interval(both, lambda m, i=i: m[..., K + i] - m[..., 2 * K + i])
+        triple = interval(both, lambda m, i=i: m[..., i] - m[..., 2 * K + i] - 3 * (m[..., i] - m[..., K + i]))
+        parts += [above, triple]
+        detail.append({"k": i + 2, "best100_minus_oracle": above, "gain_minus_3_best100_gains": triple})
+    weakest = min(parts[::2], key=lambda part: part[1])
+    return finding("F1", "the oracle is far below best-of-100 random", parts, detail, weakest)
+
+
+def f2(all_big, oracle1):
+    part = interval(all_big - oracle1)
+    return finding("F2", "one BIG layer, well placed, beats all-big", [part], "all-big - oracle(k=1), nats")
+
+
+def f3(all_big, oracle):
+    """oracle [S, L + 1]: losses per sequence at k = 0..L."""
+    gain = interval(all_big - oracle[:, 6])
+    best = bootstrap_means(oracle).argmin(1)
+    share = float(np.isin(best, (5, 6, 7)).mean())
+    k = int(oracle.mean(0).argmin())
+    # The share of resamples as a part: above 0 when at least 97.5% lie in 5..7, below 0 when at most 2.5% do.
+    inside = (share - 0.5, 1.0 if share >= 0.975 else -1.0, -1.0 if share <= 0.025 else 1.0)
+    return finding("F3", "the oracle is best near k=6 and beats all-big", [gain, inside],
+                   {"best_k": k, "share_of_resamples_in_5_to_7": share,
+                    "best_k_resampled": np.bincount(best).tolist()}, gain)
+
+
+def f6(big):
+    """big {k: BIG choices per sequence [S, L]} for k = 4, 6, 8."""
+    centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
+    parts = [above(centre[4], 0.5), above(centre[6], 0.48), below(centre[6], 0.52), below(centre[8], 0.5)]
+    return finding("F6", "the oracle: late layers at k=4, even at k=6, early at k=8", parts,
+                   {f"centre_of_mass_k{k}": c for k, c in centre.items()}, centre[6])
+
+
+def f8(first, last):
+    """Mean BIG per token and sequence [S] in the first and the last quarter of positions."""
+    return finding("F8 (oracle)", "early positions use more BIG (the unconstrained oracle)", [interval(first - last)],
+                   "mean BIG in the first quarter of positions - in the last")
+
+
+def f9(constant, down, up):
+    parts = [interval(down - constant), interval(up - constant)]
+    return finding("F9", "a constant 4 beats ramps", parts, {"oracle(6->2) - oracle(4)": parts[0],
+                                                             "oracle(2->6) - oracle(4)": parts[1]})
+
+
+def together(skip):
+    """skip [S, N, M] bool -> per sequence [S, 4], sums over its N chains of M members: adjacent pairs that both skip;
+    skips with a neighbour after them; and what these two would be, in the mean, were each chain permuted."""
+    skip = skip.astype(np.float64)
+    M, n = skip.shape[-1], skip.sum(-1)
+    pairs = (skip[..., 1:] * skip[..., :-1]).sum((1, 2))
+    followed = skip[..., :-1].sum((1, 2))
+    permuted = (n * (n - 1) / M).sum(1)  # (M - 1) neighbouring places, each with n (n - 1) / (M (M - 1))
+    expected_followed = (n * (M - 1) / M).sum(1)
+    return np.stack((pairs, followed, permuted, expected_followed), 1)
+
+
+def f10(skip):
+    """skip [S, T, L] bool, six of twelve. Over depth: a chain of L layers per token; over positions: of T tokens per
+    layer."""
+    L = skip.shape[-1]
+    n = skip.sum(-1)
+    suffix = (np.flip(skip, -1).cumprod(-1).sum(-1) == n) & (n > 0)  # the last n layers, and no other
+    share = interval(suffix.mean(1))
+
+    def excess(m):
+        return m[..., 0] / m[..., 1] - m[..., 2] / m[..., 3]
+    depth = interval(together(skip), excess)
+    positions = interval(together(skip.transpose(0, 2, 1)), excess)
+    parts = [below(share, 0.05), depth, positions]
+    return finding("F10", "skipping is not early exit, and skips attract skips", parts,
+                   {"share_that_skip_a_suffix": share, "over_depth": depth, "over_positions": positions,
+                    "never_skipped_to_always": skip.mean((0, 1)).round(3).tolist(), "layers": L})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables and findings, from the files alone
+
+def load(path, checkpoint):
+    """-> the file's arrays as a dict, {} where there is none of this checkpoint."""
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        arrays = dict(file)
+    return arrays if str(arrays["checkpoint"]) == checkpoint else {}
+
+
+def by_domain(arrays):
+    """-> [(name, which sequences)]: each domain, and all together where there are several"""
+    parts = [(str(name), arrays["domain"] == d) for d, name in enumerate(arrays["domains"])]
+    return parts + [("all", arrays["domain"] >= 0)] * (len(parts) > 1)
+
+
+def shared(small, large):
+    """Which rows of `large` hold the sequences of `small`? Windows are evenly spaced, so a search of fewer tokens may
+    see a part of the same ones. -> rows [S], or None where `large` lacks some."""
+    where = {row.tobytes(): i for i, row in enumerate(large["idx"])}
+    rows = [where.get(row.tobytes()) for row in small["idx"]]
+    return None if None in rows else np.array(rows)
+
+
+def baseline_losses(patterns):
+    """patterns.npz -> {name: losses per sequence [L + 1, S]}: the mean pattern of each k; the best of 100 per data set
+    (domain), per sequence, per token; the best fixed one, chosen on training text."""
+    means, k_of = patterns["means"], (patterns["patterns"] == BIG).sum(1)
+    L = patterns["patterns"].shape[1]
+    result = {name: np.zeros((L + 1, means.shape[1])) for name in ("random", "best100_data_set", "best100_sequence")}
+    for k in range(L + 1):
+        ids = patterns["hundred"][k][patterns["hundred"][k] >= 0]
+        result["random"][k] = means[k_of == k].mean(0)
+        result["best100_sequence"][k] = means[ids].min(0)
+        for d in range(len(patterns["domains"])):
+            here = patterns["domain"] == d
+            result["best100_data_set"][k, here] = means[ids[means[ids][:, here].mean(1).argmin()]][here]
+    return result | {"best100_token": patterns["per_token"], "fixed": patterns["fixed"].mean(-1)}
+
+
+def job_table(arrays):
+    """One npz file -> rows: domain, budget, loss with its interval, perplexity, choices per token"""
+    rows = []
+    for i, label in enumerate(arrays["labels"]):
+        per_sequence = arrays["losses"][i].mean(-1)
+        for name, here in by_domain(arrays):
+            loss, low, high = interval(per_sequence[here])
+            rows.append({"domain": name, "budget": str(label), "loss": loss, "ci": [low, high],
+                         "perplexity": math.exp(loss), "sequences": int(here.sum()),
+                         "big": float((arrays["routes"][i][here] == BIG).sum(-1).mean()),
+                         "skip": float((arrays["routes"][i][here] == SKIP).sum(-1).mean())})
+    return rows
+
+
+def control_table(label, expected, split, fixed_of):
+    """-> rows: for each domain and k the oracle's gain over the best fixed pattern = foresight + hindsight.
+    fixed_of(k): the pattern's losses on the sequences of `label`. Paired, on the sequences that all of them searched."""
+    rows, where = [], shared(expected, label)
+    if where is None:
+        return rows
+    for k in sorted(set(expected["budgets"]) & set(label["budgets"]) - {-1}):
+        def of(arrays, k=k):
+            return arrays["losses"][list(arrays["labels"]).index(str(k))].mean(-1)
+        columns = np.stack((fixed_of(k)[where], of(expected), of(label)[where],
+                            of(split) if split else np.full(len(where), np.nan)), 1)
+        for name, here in by_domain(expected):
+            def gap(i, j, here=here, columns=columns):
+                return interval(columns[here], lambda m: m[..., i] - m[..., j])
+            rows.append({"domain": name, "k": int(k), "sequences": int(here.sum()),
+                         **dict(zip(("fixed", "expected", "label", "split"), columns[here].mean(0), strict=True)),
+                         "gain": gap(0, 2), "foresight": gap(0, 1), "hindsight": gap(1, 2), "learnable": gap(0, 3)})
+    return rows
+
+
+def find_claims(label, patterns, skip):
+    """The paper's claims about the oracle, on all domains together -> findings"""
+    of = {str(name): label["losses"][i].mean(-1) for i, name in enumerate(label["labels"])} if label else {}
+    big = {str(name): label["routes"][i] == BIG for i, name in enumerate(label["labels"])} if label else {}
+    L, found = label["routes"].shape[-1] if label else 12, []
+    ks = [str(k) for k in range(L + 1)]
+    where = shared(label, patterns) if label and patterns else None
+    if where is not None and L > 10 and set(ks) <= set(of):
+        base = {name: losses[:, where] for name, losses in baseline_losses(patterns).items()}
+        oracle = np.stack([of[k] for k in ks], 1)  # [S, L + 1]
+        found += [f1(base["random"][2:11].T, base["best100_data_set"][2:11].T, oracle[:, 2:11]),
+                  f2(base["fixed"][L], oracle[:, 1]), f3(base["fixed"][L], oracle)]
+    if {"4", "6", "8"} <= set(of):
+        found.append(f6({k: big[str(k)].mean(1) for k in (4, 6, 8)}))
+    if "any" in of:
+        quarter = big["any"].shape[1] // 4
+        per_token = big["any"].sum(-1)
+        found.append(f8(per_token[:, :quarter].mean(1), per_token[:, -quarter:].mean(1)))
+    if {"4", "6-2", "2-6"} <= set(of):
+        found.append(f9(of["4"], of["6-2"], of["2-6"]))
+    if skip and "6" in list(skip["labels"]):
+        found.append(f10(skip["routes"][list(skip["labels"]).index("6")] == SKIP))
+    return found
+
+
+def report(out_dir, checkpoint, quality, about):
+    """Read what lies in out_dir/oracle of this checkpoint (its hash), and write oracle.json -> the same as a dict.
+    quality: rows of oracle.run_quality, [] to keep those that are there; about: {"fingerprint", "seed"} of the run."""
+    path = Path(out_dir) / "oracle.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    old = old if old.get("checkpoint") == checkpoint else {}
+    files = {file.stem: load(file, checkpoint) for file in sorted((Path(out_dir) / "oracle").glob("*.npz"))}
+    patterns = files.pop("patterns", {})
+    files = {name: arrays for name, arrays in files.items() if arrays}
+    result = {"checkpoint": checkpoint, **about,
+              "searches": {name: json.loads(str(arrays["notes"])) | {"rows": job_table(arrays)}
+                           for name, arrays in files.items()},
+              "baselines": [], "controls": {}, "curves": {}, "quality": quality or old.get("quality", [])}
+    if patterns:
+        losses = baseline_losses(patterns)
+        for k in range(len(losses["fixed"])):
+            for name, here in by_domain(patterns):
+                result["baselines"].append({"domain": name, "k": k, "sequences": int(here.sum()),
+                                            **{policy: interval(values[k, here])
+                                               for policy, values in losses.items()}})
+    for context in ("sequential", "frozen"):
+        label, expected, split = (files.get(f"sb_{context}_{kind}", {}) for kind in ("exhaustive", "expected", "split"))
+        if context == "frozen" and label:
+            result["curves"] = {str(name): dict(zip(map(int, label["curve_n"]), label["curve"][i].mean(0).tolist()))
+                                for i, name in enumerate(label["labels"])}
+        if label and expected and patterns:
+            if context == "frozen":
+                fixed_of = (lambda k, label=label: label["fixed"][k].mean(-1)) if len(label["fixed"]) else None
+            else:
+                where = shared(label, patterns)
+                fixed_of = None if where is None else lambda k, where=where: patterns["fixed"][k].mean(-1)[where]
+            if fixed_of:
+                result["controls"][context] = control_table(label, expected, split, fixed_of)
+    main_file = files.get("sb_sequential_exhaustive", {})
+    frozen = files.get("sb_frozen_exhaustive", {})
+    enough = main_file and len(main_file["labels"]) > len(frozen.get("labels", []))
+    result["findings"] = find_claims(main_file if enough else frozen, patterns, files.get(
+        "xb_sequential_exhaustive") or files.get("xb_frozen_exhaustive", {}))
+    for line in result["findings"]:
+        line |= {"context": "sequential" if enough else "frozen", "seeds": [about["seed"]],
+                 "command": "python oracle.py"}
+    write_atomic(path, json.dumps(result, indent=1, default=float).encode())
+    return result
+
+
+def summary(result):
+    """-> text: losses by budget beside the baselines, the controls, the findings"""
+    lines, base = [], {(row["domain"], row["k"]): row for row in result["baselines"]}
+    for name, found in result["searches"].items():
+        lines.append(f"{name}: {found['seconds']:.0f} s, {found['flops_per_token'] / 1e9:.3g} GFLOP a token")
+        for what in ("agreement_with_float32", "largest_difference_from_forward", "peak_memory_gb"):
+            if found[what] is not None:
+                lines.append(f"  {what.replace('_', ' ')}: {found[what]:.4g}")
+        lines.append(f"  {'domain':<8}{'budget':>7}{'BIG':>7}{'SKIP':>7}{'oracle':>9}{'95% interval':>17}{'random':>9}"
+                     f"{'best 100':>10}{'fixed':>8}")
+        for row in found["rows"]:
+            other = base.get((row["domain"], int(row["budget"]) if row["budget"].isdigit() else None))
+            beside = (f"{other['random'][0]:>9.4f}{other['best100_data_set'][0]:>10.4f}{other['fixed'][0]:>8.4f}"
+                      if other and found["job"]["choices"] == "sb" else "")
+            low, high = row["ci"]
+            lines.append(f"  {row['domain']:<8}{row['budget']:>7}{row['big']:>7.2f}{row['skip']:>7.2f}"
+                         f"{row['loss']:>9.4f}{f'{low:.4f}..{high:.4f}':>17}{beside}")
+    for context, rows in result["controls"].items():
+        lines.append(f"gain over the best fixed pattern, {context}, nats: oracle = foresight + hindsight; learnable")
+        for row in rows:
+            gain, foresight, hindsight, learnable = (
+                f"{row[key][0]:.4f} ({row[key][1]:.4f}..{row[key][2]:.4f})"
+                for key in ("gain", "foresight", "hindsight", "learnable"))
+            lines.append(f"  {row['domain']:<6} k={row['k']:<3} {gain} = {foresight} + {hindsight}; {learnable}")
+    for name in dict.fromkeys(row["search"] for row in result["quality"]):
+        rows = [row for row in result["quality"] if row["search"] == name]
+        gaps = [row["gap"][0] for row in rows]
+        lines.append(f"  {name}: {rows[0]['work']:.1%} of the work of {rows[0]['against']}, mean gap "
+                     f"{np.mean(gaps):.4f} nats, largest {max(gaps):.4f}")
+    for line in result["findings"]:
+        lines.append(f"{line['id']}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
+                     f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f})")
+    return "\n".join(lines)

@@ -1,0 +1,615 @@
+"""Stage 2: the oracle. For each token, find the route with the lowest loss, at every budget (paper, section 3.2).
+
+    python oracle.py                                              the preset's plan for the last run
+    python oracle.py --search=dp --context=frozen --budgets=4,6   one search only
+
+search.py has the searches (exhaustive, dp, greedy) for one position; here they go along the text. A token's loss
+depends on the routes of earlier tokens, through their keys and values:
+    sequential   left to right; each token keeps the keys and values of its chosen route (what generation would do)
+    frozen       earlier tokens are all-BIG; one tree serves every budget
+On a GPU the search runs in bfloat16; its best 32 routes per budget are scored again in float32, and the best one wins.
+
+--budgets, comma separated: `any`; `4`, exactly 4 BIG; `/6`, exactly 6 SKIP; `4/3`, both; `6-2`, a ramp from 6 BIG at
+the first position to 2 at the last; `all`, any and 0..L.
+
+The oracle knows the label, so part of its gain is hindsight. --criterion is what the route is chosen by; the loss that
+is reported is always the one on the true label:
+    label        -log p(y), the oracle
+    expected     CE(p_ref, p_route), p_ref from --reference, a model trained apart: what could be foreseen
+    split        -log p(y'), y' drawn from p_ref: an oracle for another label; what survives on y is learnable
+    foresight(k) = fixed - expected;  hindsight(k) = expected - label;  their sum is the oracle's gain over fixed.
+
+Files: out_dir/oracle/<choices>_<context>_<search>.npz, <search> being expected or split where that is the criterion:
+    idx, targets [S, T]; domain [S], an index into `domains`; labels [K], the budgets as given; budgets [K] int (any:
+    -1; a ramp: its mean); routes [K, S, T, L] uint8; losses [K, S, T] float32, nats; usage [K, D, T, L, 3], the share of
+    each choice; context, choices, search, criterion, checkpoint (hash); notes, JSON: how it was made. frozen only:
+    fixed [L + 1, S, T], losses of the best fixed patterns; curve [K, S, N], curve_n [N]: mean least loss of N routes.
+out_dir/oracle/patterns.npz: patterns [P, L]; means [P, S], a pattern's loss on a sequence; idx [S, T]; domain [S];
+    chosen [D, L + 1], the best on training text for k = 0..L; fixed [L + 1, S, T], its losses; hundred [L + 1, 100],
+    random ones (-1: fewer exist); per_token [L + 1, S], the mean of each token's best of the hundred.
+out_dir/oracle.json: tables, baselines, controls, findings, quality of the searches, timings (made by claims.py).
+"""
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import claims
+import data
+from common import (
+    UserError,
+    arg,
+    derive_seed,
+    find_device,
+    generator,
+    load_run,
+    open_out_dir,
+    parse_config,
+    run,
+    write_atomic,
+)
+from model import BIG, SKIP, SMALL, KVCache
+from search import Exhaustive, Patterns, Search, allowed, dp, greedy, make_tree, settle
+
+LETTERS = {"x": SKIP, "s": SMALL, "b": BIG}
+RESCORED = 32  # candidates per budget that are scored again in float32, where the search ran in bfloat16
+
+
+@dataclass
+class OracleConfig:
+    out_dir: str = arg("out", "folder of the run; its ckpt.pt is read, oracle/ and oracle.json are written")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = arg(1, "seeds the random patterns and the labels of --criterion=split")
+    preset: str = arg("auto", "the plan that runs when no search is asked for: cpu, gpu or debug")
+    search: str = arg("", "one search only: exhaustive, dp or greedy")
+    choices: str = arg("", "of that search: letters of x (SKIP), s (SMALL), b (BIG); sb if not given")
+    context: str = arg("", "of that search: sequential (if not given) or frozen")
+    budgets: str = arg("", "of that search: all (if not given), any, 4, /6, 4/3, 6-2; comma separated")
+    criterion: str = arg("", "of that search: label (if not given), expected or split")
+    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned")
+    domain: str = arg("all", "all, or one of the corpus")
+    reference: str = arg("", "a run trained apart (train.py --train_route=big) that gives p_ref for the controls")
+    width: int = arg(8, "dp: partial routes kept per cell")
+    completion: str = arg("early", "dp: how partial routes are judged: early, small or big")
+    batch_size: int = arg(0, "sequences in flight; 0: by free memory. Lower it when memory runs out")
+    data_dir: str = arg("data", "where prepared corpora are kept")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One search over part of the validation text."""
+    tokens: int  # per domain
+    context: str = "sequential"
+    choices: str = "sb"
+    budgets: str = "all"
+    search: str = "exhaustive"
+    criterion: str = "label"
+
+    @property
+    def name(self):
+        return f"{self.choices}_{self.context}_{self.search if self.criterion == 'label' else self.criterion}"
+
+
+# What `python oracle.py` does: tokens per domain for the baselines (validation, training), the searches, and tokens for
+# the quality of the searches.
+PLANS = {
+    "gpu": (131072, 32768, [
+        Job(131072, budgets="all,6-2,2-6"), Job(32768, budgets="2,4,6,8,10", criterion="expected"),
+        Job(32768, budgets="2,4,6,8,10", criterion="split"), Job(32768, "frozen"),
+        Job(32768, "frozen", criterion="expected"), Job(32768, "frozen", criterion="split"),
+        Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
+    "cpu": (1000, 500, [
+        Job(1000, "frozen"), Job(200, budgets="6"), Job(1000, "frozen", criterion="expected"),
+        Job(1000, "frozen", criterion="split"), Job(500, choices="xb", budgets="6")], 128),
+    "debug": (64, 64, [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# budgets
+
+def parse_budgets(text, n_layer, choices):
+    """--budgets -> {label: function of the position's share of the sequence, 0..1, that gives (n_big, n_skip)}"""
+    lanes = {}
+    for label in text.split(","):
+        labels = ["any", *map(str, range(n_layer + 1))] if label == "all" else [label]
+        for name in labels:
+            big, _, skip = ("", "", "") if name == "any" else name.partition("/")
+            first, _, last = big.partition("-")
+            try:
+                ends = [int(first), int(last or first)] if first else [None, None]
+                n_skip = int(skip) if skip else None
+            except ValueError:
+                raise UserError(f"--budgets={name}: give any, 4, /6, 4/3, 6-2 or all, comma separated") from None
+
+            def budget(share, ends=ends, n_skip=n_skip):
+                return (None if ends[0] is None else round(ends[0] + (ends[1] - ends[0]) * share)), n_skip
+
+            root = np.zeros((1, 0), np.uint8)
+            for n_big, n_skip in {budget(0.0), budget(1.0)}:
+                if not allowed(root, n_layer, [LETTERS[c] for c in choices], [(n_big, n_skip)]).any():
+                    raise UserError(f"--budgets={name}: no route of {n_layer} layers over --choices={choices} has "
+                                    f"{'any number of' if n_big is None else n_big} BIG and "
+                                    f"{'any number of' if n_skip is None else n_skip} SKIP choices")
+            lanes[name] = budget
+    return lanes
+
+
+def mean_budget(label):
+    """-> the `budgets` entry of a label"""
+    ends = label.partition("/")[0].split("-")
+    return round(sum(map(int, ends)) / len(ends)) if ends[0] not in ("any", "") else -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# along the text, in one context or the other
+
+class Run:
+    """The checkpoint, its text, and what the searches share."""
+
+    def __init__(self, config):
+        self.config = config
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+        here = config.device
+        if self.world > 1 and here in ("auto", "cuda") and torch.cuda.is_available():
+            here = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = find_device(here)
+        self.folder = open_out_dir(config.out_dir) / "oracle"
+        self.exact, self.shape, self.rest = load_run(config.out_dir, self.device)
+        self.exact.requires_grad_(False)
+        self.fast, dtype = self.exact, self.exact.compute_dtype
+        self.exact.compute_dtype = torch.float32
+        if dtype != torch.float32:  # a copy of the weights in bfloat16; the rotary tables stay as they are
+            self.fast = copy.deepcopy(self.exact).to(dtype)
+            self.fast.compute_dtype, self.fast.cos, self.fast.sin = dtype, self.exact.cos, self.exact.sin
+        self.keep = 1 if self.fast is self.exact else RESCORED
+        self.checkpoint = hashlib.sha256((Path(config.out_dir) / "ckpt.pt").read_bytes()).hexdigest()[:16]
+        trained = self.rest["train_config"]
+        self.corpus = data.load(data.prepare(trained["corpus"], trained["tokenizer"], trained["vocab_size"],
+                                             trained["corpus_mb"], config.data_dir))
+        if self.corpus.fingerprint != self.rest["fingerprint"]:
+            raise UserError(f"{config.out_dir}/ckpt.pt: was trained on corpus {self.rest['fingerprint']}, but "
+                            f"{self.corpus.folder} holds {self.corpus.fingerprint}; give the --data_dir of the run")
+        if config.domain not in ("all", *self.corpus.domains):
+            raise UserError(f"--domain={config.domain}: choose from all, {', '.join(self.corpus.domains)}")
+        self.domains = self.corpus.domains if config.domain == "all" else [config.domain]
+        self.reference = None
+        if config.reference:
+            self.reference, _, other = load_run(config.reference, self.device)
+            if other["fingerprint"] != self.rest["fingerprint"]:
+                raise UserError(f"--reference={config.reference}: was trained on corpus {other['fingerprint']}, this "
+                                f"run on {self.rest['fingerprint']}; train it on the same text")
+            self.reference.requires_grad_(False)
+
+    def windows(self, tokens):
+        """-> idx, targets [S, T], domain [S] (cpu): the same validation windows for every search of that many tokens"""
+        T = self.shape.block_size
+        n = -(-tokens // T)
+        for domain in self.domains:
+            holds = (len(self.corpus.val[domain]) - 1) // T
+            if n > holds:
+                raise UserError(f"--tokens={tokens}: the {domain} validation set holds {holds * T} in whole sequences; "
+                                "ask for fewer")
+        pairs = [data.eval_windows(self.corpus, domain, n, T) for domain in self.domains]
+        return (*(torch.cat(part) for part in zip(*pairs, strict=True)), np.arange(len(self.domains)).repeat(n))
+
+    def rows(self):
+        """How many states a step of a search may hold at once: what fits into 40% of the free memory of a GPU; on a CPU
+        what its caches like."""
+        if self.device.type != "cuda":
+            return 4096
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        one = (3 * self.shape.big_width + 12 * self.shape.n_embd) * 2  # bytes of one state on its way through a layer
+        return int(0.4 * free / one)
+
+    def sequences(self, n_leaves):
+        """How many sequences to search at once: their caches and losses take up to 30% of a GPU's memory (of all of it,
+        so that every process, and a resumed run, cuts the text alike)."""
+        if self.config.batch_size:
+            return self.config.batch_size
+        if self.device.type != "cuda":
+            return 16
+        L, d, T = self.shape.n_layer, self.shape.n_embd, self.shape.block_size
+        one = L * 2 * T * d * 6 + 24 * n_leaves + 4 * RESCORED * (2 * L * d + 3 * self.shape.big_width)
+        fits = int(0.3 * torch.cuda.get_device_properties(self.device).total_memory / one)
+        return max(1, min(1024, fits // 16 * 16))
+
+    def directions(self, idx, targets, criterion, first):
+        """What final states are read along (see Search) -> float32 [S, T, 1 or 2, d]: the criterion's direction, then
+        the label's. first: the number of the first sequence, which seeds the drawn labels."""
+        table = self.exact.embedding.weight
+        if criterion == "label":
+            return table[targets].unsqueeze(2)
+        found = []
+        for i in range(0, len(idx), 16):
+            p = self.reference(idx[i:i + 16], BIG)[0].softmax(-1)  # [16, T, V]
+            if criterion == "split":
+                g = generator(self.device, self.config.seed, "split", first + i)
+                p = F.one_hot(torch.multinomial(p.flatten(0, 1), 1, generator=g).view(p.shape[:2]), p.shape[-1]).float()
+            found.append(torch.stack((p @ table, table[targets[i:i + 16]]), 2))
+        return torch.cat(found)
+
+
+def run_sequential(r, find, idx, targets, directions, budget, bar):
+    """One budget, left to right -> routes [S, T, L], losses [S, T] on the label, and what was noted on the way."""
+    (S, T), L, H = idx.shape, r.shape.n_layer, r.shape.n_head
+    cache = torch.zeros(2, L, S, H, T, r.shape.n_embd // H, device=r.device)
+    fast_cache = cache if r.fast is r.exact else cache.to(r.fast.compute_dtype)
+    routes = torch.empty(S, T, L, dtype=torch.uint8, device=r.device)
+    losses, notes = torch.empty(S, T, device=r.device), {"flops": 0, "agreed": 0, "compared": 0}
+    for t in range(T):
+        now = budget(t / max(1, T - 1))
+        exact = Search(r.exact, idx[:, t], cache[..., :t, :], directions[:, t])
+        search = exact if r.fast is r.exact else Search(r.fast, idx[:, t], fast_cache[..., :t, :], directions[:, t])
+        chosen, k, v = settle(exact, find(search, [now], r.keep), keep_keys=True)
+        routes[:, t], losses[:, t] = chosen[now][0], chosen[now][1][:, -1]
+        cache[0, ..., t:t + 1, :], cache[1, ..., t:t + 1, :] = k, v
+        if search is not exact:
+            fast_cache[..., t:t + 1, :] = cache[..., t:t + 1, :]
+            notes["flops"] += search.flops
+            agreement(r, find, idx[:, t], cache[..., :t, :], directions[:, t], {now: chosen[now][0]}, t, notes)
+        notes["flops"] += exact.flops
+        bar.update(S)
+    plain = torch.cat([r.exact(x, route, y, reduction="none")[1]
+                       for x, route, y in zip(idx.split(32), routes.split(32), targets.split(32), strict=True)])
+    notes["largest_difference_from_forward"] = (plain - losses).abs().max().item()
+    return routes, losses, notes
+
+
+def agreement(r, find, idx, past, directions, chosen, t, notes):
+    """Compare with a search that is float32 throughout: 16 sequences at every 16th position."""
+    if t % 16:
+        return
+    n = slice(0, 16)
+    whole = Search(r.exact, idx[n], past[:, :, n], directions[n])
+    for budget, (route, _) in settle(whole, find(whole, list(chosen), 1)).items():
+        notes["agreed"] += (route == chosen[budget][n]).all(-1).sum().item()
+        notes["compared"] += len(route)
+
+
+def run_frozen(r, find, idx, directions, budgets, fixed, curve_n, bar):
+    """All budgets at once, every earlier token all-BIG -> routes [K, S, T, L], losses [K, S, T], notes; the losses of
+    the fixed patterns [S, K', L] in this context [K', S, T]; the selection curve [K, S, N]."""
+    (S, T), L = idx.shape, r.shape.n_layer
+    cache = KVCache(r.shape, S, r.device, torch.float32)
+    r.exact(idx, BIG, cache=cache)
+    past = torch.stack((cache.k, cache.v))  # [2, L, S, H, T, D]
+    fast_past = past if r.fast is r.exact else past.to(r.fast.compute_dtype)
+    routes = torch.empty(len(budgets), S, T, L, dtype=torch.uint8, device=r.device)
+    losses, notes = torch.empty(len(budgets), S, T, device=r.device), {"flops": 0, "agreed": 0, "compared": 0}
+    fixed_losses = torch.empty(fixed.shape[1], S, T, device=r.device)
+    curve, weights = torch.zeros(len(budgets), S, len(curve_n), device=r.device), {}
+    for t in range(T):
+        exact = Search(r.exact, idx[:, t], past[..., :t, :], directions[:, t])
+        search = exact if r.fast is r.exact else Search(r.fast, idx[:, t], fast_past[..., :t, :], directions[:, t])
+        chosen = settle(exact, find(search, budgets, r.keep))
+        for i, budget in enumerate(budgets):
+            routes[i, :, t], losses[i, :, t] = chosen[budget][0], chosen[budget][1][:, -1]
+        notes["flops"] += exact.flops + (search.flops if search is not exact else 0)
+        if fixed.shape[1]:
+            fixed_losses[..., t] = exact.score(fixed.transpose(0, 1))[..., -1]
+        if len(curve_n):
+            tree, leaves = find.last
+            for i, budget in enumerate(budgets):
+                values = leaves[tree.leaves(budget)].sort(dim=0).values  # [C, S]
+                if budget not in weights:
+                    weights[budget] = least_of(len(values), curve_n).to(values)
+                curve[i] += (weights[budget] @ values).T / T
+        if search is not exact:
+            agreement(r, find, idx[:, t], past[..., :t, :], directions[:, t], {b: c[0] for b, c in chosen.items()}, t,
+                      notes)
+        bar.update(S)
+    return routes, losses, notes, fixed_losses, curve
+
+
+def least_of(C, sizes):
+    """-> [N, C]: the chance that the i-th smallest of C values is the least of n drawn without replacement,
+    choose(C - i, n - 1) / choose(C, n). Draws of more than C are draws of all."""
+    i = torch.arange(C, dtype=torch.float64)
+    rows = []
+    for n in (min(n, C) for n in sizes):
+        def log_choose(a, b):
+            return torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)
+        enough = C - 1 - i >= n - 1  # at least n - 1 larger ones
+        log_p = log_choose((C - 1 - i).clamp_min(n - 1), n - 1) - log_choose(torch.tensor(float(C)).double(), n)
+        rows.append(torch.where(enough, log_p.exp(), 0))
+    return torch.stack(rows)
+
+
+def kept(path, compute):
+    """compute() -> {name: array}, once: the result is kept in `path`, so that an interrupted run goes on from there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(path, compute())
+    with np.load(path) as file:
+        return dict(file)
+
+
+def write_npz(path, arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, buffer.getbuffer())
+
+
+def signature(r, *parts):
+    """A short name for all that a result depends on, so that only what belongs together is resumed or merged."""
+    reference = r.config.reference and hashlib.sha256((Path(r.config.reference) / "ckpt.pt").read_bytes()).hexdigest()
+    text = json.dumps([r.checkpoint, r.config.seed, r.domains, reference, *map(str, parts)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_job(r, job, bar):
+    """Search a job's text batch by batch, and write its npz file. Under torchrun each process takes its share of the
+    batches; the first one waits for the others and merges."""
+    config, L, T = r.config, r.shape.n_layer, r.shape.block_size
+    idx, targets, domain = r.windows(job.tokens)
+    choices = tuple(sorted(LETTERS[letter] for letter in job.choices))
+    lanes = parse_budgets(job.budgets, L, job.choices)
+    n_leaves = len(choices) ** L if job.search == "exhaustive" else 4096
+    name = signature(r, job, config.width, config.completion)
+    stem = r.folder / "parts" / name
+    size = r.sequences(n_leaves)
+    searches = {"exhaustive": lambda: Exhaustive(r.fast, choices, max(1, r.rows() // size)),
+                "dp": lambda: partial(dp, choices=choices, width=config.width, completion=config.completion),
+                "greedy": lambda: partial(greedy, choices=choices)}
+    find = searches[job.search]()
+    frozen, fixed, curve_n = job.context == "frozen", np.zeros((len(idx), 0, L), np.uint8), []
+    patterns = claims.load(r.folder / "patterns.npz", r.checkpoint)
+    if frozen and job.choices == "sb" and patterns and list(patterns["domains"]) == r.domains:
+        fixed = patterns["patterns"][patterns["chosen"][domain]]  # [S, L + 1, L]
+    if frozen and job.search == "exhaustive" and job.criterion == "label":
+        curve_n = [2 ** i for i in range(math.ceil(math.log2(n_leaves)) + 1)]
+    units = [(list(lanes) if frozen else [lane], first) for first in range(0, len(idx), size)
+             for lane in (["all"] if frozen else lanes)]
+    parts = []
+    for number, (labels, first) in enumerate(units):
+        path = Path(f"{stem}-{first}-{'all' if frozen else labels[0].replace('/', 's')}.npz")
+        parts.append((labels, path))
+        if number % r.world != r.rank:
+            continue
+        bar.set_description(job.name, refresh=False)
+        done = bar.n
+
+        def compute(first=first, labels=labels):
+            start, rows = time.time(), slice(first, first + size)
+            x, y = idx[rows].to(r.device), targets[rows].to(r.device)
+            directions = r.directions(x, y, job.criterion, first)
+            if frozen:
+                budgets = [lanes[label](0.0) for label in labels]
+                routes, losses, notes, fixed_losses, curve = run_frozen(
+                    r, find, x, directions, budgets, torch.from_numpy(fixed[rows]).to(r.device), curve_n, bar)
+            else:
+                routes, losses, notes = run_sequential(r, find, x, y, directions, lanes[labels[0]], bar)
+                routes, losses = routes[None], losses[None]
+                fixed_losses = curve = torch.zeros(0)
+            notes |= {"seconds": time.time() - start, "flops": float(notes["flops"])}
+            return {"routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "fixed": fixed_losses.cpu().numpy(),
+                    "curve": curve.cpu().numpy(), "notes": json.dumps(notes)}
+        kept(path, compute)
+        bar.update(done + min(size, len(idx) - first) * T - bar.n)
+    if r.rank:
+        return
+    while not all(path.exists() for _, path in parts):  # the other processes' share
+        time.sleep(1)
+    found = [(labels, kept(path, None)) for labels, path in parts]
+    if frozen:
+        routes, losses, fixed_losses, curve = (np.concatenate([part[key] for _, part in found], 1)
+                                               for key in ("routes", "losses", "fixed", "curve"))
+    else:
+        routes, losses = (np.concatenate([np.concatenate([part[key] for labels, part in found if labels == [lane]], 1)
+                                          for lane in lanes]) for key in ("routes", "losses"))
+    notes = [json.loads(str(part["notes"])) for _, part in found]
+    usage = np.stack([np.stack([np.stack([(lane[domain == d] == c).mean(0, dtype=np.float32)
+                                          for c in (SKIP, SMALL, BIG)], -1)  # [T, L, 3]
+                                for d in range(len(r.domains))]) for lane in routes])
+    arrays = {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
+              "labels": np.array(list(lanes)), "budgets": np.array([mean_budget(label) for label in lanes]),
+              "routes": routes, "losses": losses, "usage": usage, "context": job.context, "choices": job.choices,
+              "search": job.search, "criterion": job.criterion, "checkpoint": r.checkpoint}
+    if frozen:
+        arrays |= {"fixed": fixed_losses, "curve": curve, "curve_n": np.array(curve_n)}
+    compared = sum(note["compared"] for note in notes)
+    arrays["notes"] = json.dumps({
+        "command": "python oracle.py " + " ".join(sys.argv[1:]), "job": dataclasses.asdict(job), "seed": config.seed,
+        "width": config.width, "completion": config.completion, "reference": config.reference,
+        "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu",
+        "torch": torch.__version__, "processes": r.world, "seconds": sum(note["seconds"] for note in notes),
+        "sequences_at_once": size,
+        "flops_per_token": sum(note["flops"] for note in notes) / idx.numel(),
+        "agreement_with_float32": sum(note["agreed"] for note in notes) / compared if compared else None,
+        "largest_difference_from_forward": max(note.get("largest_difference_from_forward", 0.0) for note in notes)
+        if not frozen else None,
+        "peak_memory_gb": torch.cuda.max_memory_allocated(r.device) / 1e9 if r.device.type == "cuda" else None})
+    write_npz(r.folder / f"{job.name}.npz", arrays)
+    for _, path in parts:
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# baselines, and what the cheaper searches cost and miss
+
+def run_baselines(r, tokens, train_tokens, bar):
+    """Every pattern of SMALL and BIG on validation text and, to choose the best fixed ones, on training text; the tree
+    shares work among patterns too. -> patterns.npz"""
+    L, T = r.shape.n_layer, r.shape.block_size
+    idx, targets, domain = r.windows(tokens)
+    tree = make_tree(r.fast, (SMALL, BIG), (None, None), max(1, r.rows() // (4 * T)))
+    patterns = tree.routes.cpu().numpy()
+    k_of = (patterns == BIG).sum(1)
+    rng = np.random.default_rng(derive_seed(r.config.seed, "hundred"))
+    hundred = [rng.permutation((k_of == k).nonzero()[0])[:100] for k in range(L + 1)]
+    stem = r.folder / "parts" / signature(r, "patterns", tokens)
+    n, text = -(-train_tokens // T), {}
+    for d, name in enumerate(r.domains):
+        starts = np.arange(n) * (len(r.corpus.train[name]) - 1 - T) // n
+        text["train", d] = data.to_tensors([r.corpus.train[name][i:i + T + 1] for i in starts])
+        text["val", d] = idx[domain == d], targets[domain == d]
+    paths, means, per_token = [], {}, {}
+    for (part, d), (x, y) in text.items():
+        pieces = []
+        for first in range(0, len(x), 4):
+            def compute(x=x, y=y, first=first):
+                search = Patterns(r.fast, *(t[first:first + 4].to(r.device) for t in (x, y)))
+                losses = search.leaf_losses(tree)[..., 0].unflatten(1, (-1, T))  # [P, 4, T]
+                best = [losses[torch.from_numpy(ids).to(r.device)].min(0).values.mean(-1) for ids in hundred]
+                return {"means": losses.mean(-1).cpu().numpy(), "per_token": torch.stack(best).cpu().numpy()}
+            bar.set_description(f"baselines, {part}", refresh=False)
+            paths.append(Path(f"{stem}-{part}-{d}-{first}.npz"))
+            pieces.append(kept(paths[-1], compute))
+            bar.update(min(4, len(x) - first) * T)
+        means[part, d] = np.concatenate([piece["means"] for piece in pieces], 1)
+        per_token[part, d] = np.concatenate([piece["per_token"] for piece in pieces], 1)
+    chosen = np.array([[ids[means["train", d][ids].mean(1).argmin()] for ids in
+                        ((k_of == k).nonzero()[0] for k in range(L + 1))] for d in range(len(r.domains))])  # [D, L + 1]
+    fixed = np.zeros((L + 1, *idx.shape), np.float32)
+    for d in range(len(r.domains)):
+        x, y = (t.to(r.device) for t in text["val", d])
+        for k in range(L + 1):
+            pattern = torch.from_numpy(patterns[chosen[d, k]])
+            fixed[k, domain == d] = torch.cat([r.exact(a, pattern, b, reduction="none")[1] for a, b in
+                                               zip(x.split(32), y.split(32), strict=True)]).cpu().numpy()
+    write_npz(r.folder / "patterns.npz", {
+        "patterns": patterns, "means": np.concatenate([means["val", d] for d in range(len(r.domains))], 1),
+        "per_token": np.concatenate([per_token["val", d] for d in range(len(r.domains))], 1), "chosen": chosen,
+        "fixed": fixed, "idx": idx.numpy(), "domain": domain, "domains": np.array(r.domains),
+        "checkpoint": r.checkpoint,
+        "hundred": np.array([np.pad(ids, (0, 100 - len(ids)), constant_values=-1) for ids in hundred])})
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def run_quality(r, tokens, bar):
+    """DP and greedy against exhaustive search, in float32, frozen context, at every 8th position -> list of rows:
+    search, k, gap in nats with its interval, share of exhaustive's work. Where there are too many routes for that (2^L
+    above 2^14), the widest DP stands in for it."""
+    L, T = r.shape.n_layer, r.shape.block_size
+    idx, targets, _ = r.windows(8 * tokens)
+    choices, budgets = (SMALL, BIG), [(k, None) for k in range(L + 1)]
+    variants = {"greedy": partial(greedy, choices=choices)}
+    for completion, widths in (("early", (1, 2, 4, 8, 16, 32)), ("small", (1, 4, 16)), ("big", (1, 4, 16))):
+        variants |= {f"dp, {completion}, width {w}": partial(dp, choices=choices, width=w, completion=completion)
+                     for w in widths}
+    if L <= 14:
+        variants["exhaustive"] = Exhaustive(r.exact, choices, max(1, r.rows() // 2 // 16))
+    best, flops = ("exhaustive" if L <= 14 else "dp, early, width 32"), dict.fromkeys(variants, 0.0)
+    losses = {name: np.zeros((len(idx), L + 1)) for name in variants}
+    bar.set_description("quality of the searches", refresh=False)
+    for first in range(0, len(idx), 16):
+        rows = slice(first, first + 16)
+        x, y = idx[rows].to(r.device), targets[rows].to(r.device)
+        cache, directions = KVCache(r.shape, len(x), r.device, torch.float32), r.directions(x, y, "label", first)
+        r.exact(x, BIG, cache=cache)
+        past = torch.stack((cache.k, cache.v))
+        positions = range(4, T, 8)
+        for t in positions:
+            for name, find in variants.items():
+                search = Search(r.exact, x[:, t], past[..., :t, :], directions[:, t])
+                found = find(search, budgets, 1)
+                flops[name] += float(search.flops)
+                for k, budget in enumerate(budgets):
+                    loss = search.score(found[budget])[0, :, -1]
+                    losses[name][rows, k] += loss.cpu().numpy() / len(positions)
+            bar.update(len(x))
+    return [{"search": name, "k": k, "gap": claims.interval(losses[name][:, k] - losses[best][:, k]),
+             "work": flops[name] / flops[best], "loss": losses[name][:, k].mean(), "against": best}
+            for name in variants if name != best for k in range(L + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command
+
+def check(config):
+    """Raise UserError for values that cannot work -> the Job that the flags ask for, or None for the preset's plan."""
+    asked = {key: getattr(config, key) for key in ("search", "choices", "context", "budgets", "criterion")
+             if getattr(config, key)}
+    for name, options in (("search", ("exhaustive", "dp", "greedy")), ("context", ("sequential", "frozen")),
+                          ("criterion", ("label", "expected", "split"))):
+        if asked.get(name, options[0]) not in options:
+            raise UserError(f"--{name}={asked[name]}: choose from {', '.join(options)}")
+    if config.completion not in ("early", "small", "big"):
+        raise UserError(f"--completion={config.completion}: choose from early, small, big")
+    for name, least in (("tokens", 0), ("batch_size", 0), ("width", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
+    job = Job(config.tokens or PLANS[config.preset][0], **asked) if asked else None
+    if job:
+        if len(set(job.choices)) != len(job.choices) or len(job.choices) < 2 or set(job.choices) - set(LETTERS):
+            raise UserError(f"--choices={job.choices}: give two or three of x (SKIP), s (SMALL) and b (BIG), each once")
+        if job.search == "greedy" and (len(job.choices) != 2 or "b" not in job.choices):
+            raise UserError(f"--choices={job.choices}: greedy promotes one choice to BIG; give sb or xb")
+        if job.context == "frozen" and "-" in job.budgets:
+            raise UserError(f"--budgets={job.budgets}: a ramp changes along the sequence; use --context=sequential")
+        if job.criterion != "label" and not config.reference:
+            raise UserError(f"--criterion={job.criterion}: needs --reference, a run trained apart: "
+                            "python train.py --train_route=big --out_dir=out/reference")
+    return job
+
+
+@torch.no_grad()
+def main(argv=None):
+    config = parse_config(OracleConfig, argv, dict.fromkeys(PLANS, {}))
+    job = check(config)
+    r = Run(config)
+    L, T = r.shape.n_layer, r.shape.block_size
+    baseline_tokens, train_tokens, jobs, quality_tokens = PLANS[config.preset]
+    if job:
+        jobs, baseline_tokens, quality_tokens = [job], 0, 0
+    else:
+        jobs = [dataclasses.replace(j, tokens=config.tokens or j.tokens) for j in jobs
+                if (j.criterion == "label" or r.reference) and (j.search != "exhaustive" or L <= 14)]
+        baseline_tokens = (config.tokens or baseline_tokens) if L <= 14 else 0
+    total = 0  # tokens times budgets: what the bar counts
+    for j in jobs:
+        if j.search == "exhaustive" and len(j.choices) ** L > 2 ** 20:
+            raise UserError(f"--search=exhaustive: {len(j.choices)}^{L} routes are too many; use --search=dp or greedy")
+        lanes = len(parse_budgets(j.budgets, L, j.choices))
+        total += len(r.windows(j.tokens)[0]) * T * (1 if j.context == "frozen" else lanes)
+    print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
+          f"{r.corpus.fingerprint}; {r.device}, search in {r.fast.compute_dtype}")
+    if not job and not r.reference:
+        print("no --reference: foresight and hindsight are left out. Make one with `python train.py --train_route=big "
+              "--out_dir=out/reference`")
+    patterns_file = r.folder / "patterns.npz"
+    if baseline_tokens:
+        there = claims.load(patterns_file, r.checkpoint)
+        if there and len(there["idx"]) == len(r.windows(baseline_tokens)[0]):
+            baseline_tokens = 0
+        else:
+            total += (-(-baseline_tokens // T) + -(-train_tokens // T)) * T * len(r.domains)
+    quality = []
+    total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) if quality_tokens else 0
+    try:
+        with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+            if baseline_tokens and r.rank == 0:
+                run_baselines(r, baseline_tokens, train_tokens, bar)
+            while baseline_tokens and not claims.load(patterns_file, r.checkpoint):
+                time.sleep(1)  # the first process makes them
+            for j in jobs:
+                run_job(r, j, bar)
+            if quality_tokens and r.rank == 0:
+                quality = run_quality(r, quality_tokens, bar)
+    except torch.OutOfMemoryError:
+        raise UserError("out of GPU memory: lower --batch_size (sequences in flight)") from None
+    if r.rank == 0:
+        about = {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
+        print(claims.summary(claims.report(config.out_dir, r.checkpoint, quality, about)))
+        print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")
+
+
+if __name__ == "__main__":
+    run(main)
