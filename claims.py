@@ -206,7 +206,7 @@ def job_table(arrays):
 
 def control_table(label, expected, split, fixed_of):
     """-> rows: for each domain and k the oracle's gain over the best fixed pattern = foresight + hindsight.
-    fixed_of(k): the pattern's losses on the sequences of `label`. Paired, on the sequences that all of them searched."""
+    fixed_of(k): the pattern's losses on the sequences of `label`. Paired, on the sequences that all searched."""
     rows, where = [], shared(expected, label)
     if where is None:
         return rows

@@ -118,7 +118,8 @@ def read_out_log_sum_exp(h, weight):
         log_sum_exp_kernel[(triton.cdiv(N, 128),)](h, weight, out, N, len(weight), d, ROWS=128, COLUMNS=128, DEPTH=64,
                                                    num_warps=8, num_stages=3)
         return out
-    rows = 1 << max(6, 21 - len(weight).bit_length())  # some 8 MB of logits at a time: they stay in a CPU's cache
+    # Logits piece by piece: on a CPU 8 MB of them, which stay in its cache; on a GPU 512 MB, which keep it busy.
+    rows = 1 << max(6, (27 if h.is_cuda else 21) - len(weight).bit_length())
     return torch.cat([F.linear(part, weight).float().logsumexp(-1) for part in h.split(rows)])
 
 

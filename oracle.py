@@ -21,9 +21,10 @@ is reported is always the one on the true label:
 
 Files: out_dir/oracle/<choices>_<context>_<search>.npz, <search> being expected or split where that is the criterion:
     idx, targets [S, T]; domain [S], an index into `domains`; labels [K], the budgets as given; budgets [K] int (any:
-    -1; a ramp: its mean); routes [K, S, T, L] uint8; losses [K, S, T] float32, nats; usage [K, D, T, L, 3], the share of
-    each choice; context, choices, search, criterion, checkpoint (hash); notes, JSON: how it was made. frozen only:
-    fixed [L + 1, S, T], losses of the best fixed patterns; curve [K, S, N], curve_n [N]: mean least loss of N routes.
+    -1; a ramp: its mean); routes [K, S, T, L] uint8; losses [K, S, T] float32, nats; usage [K, D, T, L, 3], shares of
+    the choices; context, choices, search, criterion; checkpoint and signature (hashes); notes, JSON: how it was made.
+    In the frozen context also fixed [L + 1, S, T], losses of the best fixed patterns there; curve [K, S, N] and curve_n
+    [N]: the mean over tokens of the least loss of N random routes.
 out_dir/oracle/patterns.npz: patterns [P, L]; means [P, S], a pattern's loss on a sequence; idx [S, T]; domain [S];
     chosen [D, L + 1], the best on training text for k = 0..L; fixed [L + 1, S, T], its losses; hundred [L + 1, 100],
     random ones (-1: fewer exist); per_token [L + 1, S], the mean of each token's best of the hundred.
@@ -116,6 +117,7 @@ PLANS = {
         Job(1000, "frozen", criterion="split"), Job(500, choices="xb", budgets="6")], 128),
     "debug": (64, 64, [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
 }
+PRESETS = {name: {} for name in PLANS}  # no flag's default depends on the preset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class Run:
             self.fast = copy.deepcopy(self.exact).to(dtype)
             self.fast.compute_dtype, self.fast.cos, self.fast.sin = dtype, self.exact.cos, self.exact.sin
         self.keep = 1 if self.fast is self.exact else RESCORED
-        self.checkpoint = hashlib.sha256((Path(config.out_dir) / "ckpt.pt").read_bytes()).hexdigest()[:16]
+        self.checkpoint = file_hash(Path(config.out_dir) / "ckpt.pt")
         trained = self.rest["train_config"]
         self.corpus = data.load(data.prepare(trained["corpus"], trained["tokenizer"], trained["vocab_size"],
                                              trained["corpus_mb"], config.data_dir))
@@ -345,11 +347,20 @@ def write_npz(path, arrays):
     write_atomic(path, buffer.getbuffer())
 
 
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def signature(r, *parts):
     """A short name for all that a result depends on, so that only what belongs together is resumed or merged."""
-    reference = r.config.reference and hashlib.sha256((Path(r.config.reference) / "ckpt.pt").read_bytes()).hexdigest()
-    text = json.dumps([r.checkpoint, r.config.seed, r.domains, reference, *map(str, parts)])
+    text = json.dumps([r.checkpoint, r.config.seed, r.domains, *map(str, parts)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def finished(r, job, name):
+    """Has this very search been done? (A file of the same name may hold another one: fewer tokens, other budgets.)"""
+    arrays = claims.load(r.folder / f"{job.name}.npz", r.checkpoint)
+    return bool(arrays) and str(arrays["signature"]) == name
 
 
 def run_job(r, job, bar):
@@ -360,8 +371,12 @@ def run_job(r, job, bar):
     choices = tuple(sorted(LETTERS[letter] for letter in job.choices))
     lanes = parse_budgets(job.budgets, L, job.choices)
     n_leaves = len(choices) ** L if job.search == "exhaustive" else 4096
-    name = signature(r, job, config.width, config.completion)
+    name = signature(r, job, (config.width, config.completion) if job.search == "dp" else "",
+                     file_hash(Path(config.reference) / "ckpt.pt") if job.criterion != "label" else "")
     stem = r.folder / "parts" / name
+    if finished(r, job, name):
+        bar.update(len(idx) * T * (1 if job.context == "frozen" else len(lanes)))
+        return
     size = r.sequences(n_leaves)
     searches = {"exhaustive": lambda: Exhaustive(r.fast, choices, max(1, r.rows() // size)),
                 "dp": lambda: partial(dp, choices=choices, width=config.width, completion=config.completion),
@@ -419,7 +434,8 @@ def run_job(r, job, bar):
     arrays = {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
               "labels": np.array(list(lanes)), "budgets": np.array([mean_budget(label) for label in lanes]),
               "routes": routes, "losses": losses, "usage": usage, "context": job.context, "choices": job.choices,
-              "search": job.search, "criterion": job.criterion, "checkpoint": r.checkpoint}
+              "search": job.search, "criterion": job.criterion, "checkpoint": r.checkpoint,
+              "signature": name}
     if frozen:
         arrays |= {"fixed": fixed_losses, "curve": curve, "curve_n": np.array(curve_n)}
     compared = sum(note["compared"] for note in notes)
@@ -561,7 +577,7 @@ def check(config):
 
 @torch.no_grad()
 def main(argv=None):
-    config = parse_config(OracleConfig, argv, dict.fromkeys(PLANS, {}))
+    config = parse_config(OracleConfig, argv, PRESETS)
     job = check(config)
     r = Run(config)
     L, T = r.shape.n_layer, r.shape.block_size

@@ -28,6 +28,7 @@ fi
 case "${1-}" in
     "")   "$venv/bin/python" train.py --resume
           "$venv/bin/python" sample.py --route=random
+          "$venv/bin/python" oracle.py
           echo "for more: source $venv/bin/activate, then python sample.py --compare" ;;
     test) shift; "$venv/bin/python" -m pytest "$@" ;;
 esac

@@ -8,6 +8,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 sys.path.insert(0, str(HERE.parent))
@@ -47,15 +49,23 @@ def speed():
     return markdown(["model", "tokens/s", "against nanoGPT", "FLOPs saved", "time saved"], rows)
 
 
+KINDS = {"matrix products": ("nvjet", "cublas"), "attention": ("cudnn_generated",),
+         "loss over 50,304 entries": ("softmax", "logsumexp"), "optimizer and clipping": ("multi_tensor",),
+         "element-wise": ("",)}
+
+
+def by_kind(kernels):
+    """[(milliseconds, count, name)] -> {kind: milliseconds}"""
+    total = dict.fromkeys(KINDS, 0)
+    for ms, _, name in kernels:
+        total[next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))] += ms
+    return total
+
+
 def profile():
     """Where the time of a training step goes: the longest kernels, summed by kind."""
     report = json.loads((HERE / "h100_profile.json").read_text())
-    kinds = {"matrix products": ("nvjet", "cublas"), "attention": ("cudnn",),
-             "loss over 50,304 entries": ("softmax", "logsumexp"), "optimizer and clipping": ("multi_tensor",),
-             "element-wise": ("",)}
-    total = dict.fromkeys(kinds, 0)
-    for ms, _, name in report["kernels"]:
-        total[next(kind for kind, parts in kinds.items() if any(part in name for part in parts))] += ms
+    total = by_kind(report["kernels"])
     rows = [[kind, f"{ms:.1f}", f"{ms / report['step_ms']:.0%}"] for kind, ms in total.items()]
     rest = report["step_ms"] - sum(total.values())
     rows.append(["hundreds of shorter kernels", f"{rest:.1f}", f"{rest / report['step_ms']:.0%}"])
@@ -78,22 +88,69 @@ def skip_share():
                     rows)
 
 
-def execution():
-    report = json.loads((HERE / "cpu_bench.json").read_text())
+def execution(name):
+    report = json.loads((HERE / name).read_text())
     rows = [[r["p_big"], r["pass"], f"{r['flops_saved']:.1%}", f"{r['time_saved']:.1%}", f"{r['speedup']:.2f}"]
             for r in report["execution"]]
     return markdown(["p(big)", "pass", "FLOPs saved", "time saved", "dense time / sparse time"], rows)
 
 
-def inference():
-    report = json.loads((HERE / "cpu_bench.json").read_text())
+def inference(name):
+    report = json.loads((HERE / name).read_text())
     rows = [[f"{r['route']}, width {r['width']}", f"{r['flops_saved']:.1%}", f"{r['time_saved']:.1%}"]
             for r in report["inference"]]
     return markdown(["route", "FLOPs saved", "time saved"], rows)
 
 
+def inference_profile():
+    """The twelve longest kernels of each forward at width 1,024, summed by kind."""
+    report = json.loads((HERE / "h100_inference.json").read_text())
+    rows = [r for r in report["inference"] if r["width"] == 1024]
+    kinds = ("matrix products", "attention", "element-wise")
+    return markdown(["kernels, ms", *(r["route"] for r in rows)],
+                    [[kind, *(f"{by_kind(r['kernels'])[kind]:.2f}" for r in rows)] for kind in kinds])
+
+
+def with_interval(values):
+    from claims import interval
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(values))
+
+
+def oracle():
+    """Losses of the oracle at each budget, sequential context; beside them the mean of all patterns with that k."""
+    with np.load(HERE / "h100_oracle.npz") as file:
+        a = dict(file)
+    k_of, rows = (a["patterns"] == 2).sum(1), []
+    for label, losses in zip(a["labels"], a["losses"], strict=True):
+        mean = f"{a['pattern_means'][k_of == int(label)].mean():.3f}" if label.isdigit() else ""
+        rows.append([{"any": "free", "6-2": "6 down to 2", "2-6": "2 up to 6"}.get(label, label),
+                     *(with_interval(losses[a["domain"] == d]) for d in (0, 1)), with_interval(losses), mean])
+    return markdown(["k", *a["domains"], "both", "mean of all patterns, both"], rows)
+
+
+def hindsight():
+    """What choosing without the label leaves of the oracle's gain: paired on the sequences that all three searched."""
+    with np.load(HERE / "h100_oracle.npz") as file:
+        a = dict(file)
+    # Windows are evenly spaced, so every n-th of a domain's sequences is what a search of 1 / n of the tokens saw.
+    step = len(a["domain"]) // len(a["control_domain"])
+    here = np.concatenate([np.flatnonzero(a["domain"] == d)[::step] for d in (0, 1)])
+    all_big, rows = a["losses"][list(a["labels"]).index("12")][here], []
+    for label, expected, split in zip(a["control_labels"], a["expected"], a["split"], strict=True):
+        oracle = a["losses"][list(a["labels"]).index(label)][here]
+        rows.append([label, f"{all_big.mean():.3f}", *(with_interval(all_big - x) for x in (oracle, expected, split)),
+                     with_interval(expected - oracle)])
+    return markdown(["k", "all-big", "oracle gains", "expected-loss oracle gains", "split-label oracle gains",
+                     "oracle's hindsight"], rows)
+
+
 TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lambda: stage1("cpu_stage1.jsonl"),
-          "speed": speed, "profile": profile, "skip-share": skip_share, "execution": execution, "inference": inference}
+          "speed": speed, "profile": profile, "skip-share": skip_share,
+          "execution-h100": lambda: execution("h100_execution.json"),
+          "execution-cpu": lambda: execution("cpu_bench.json"),
+          "inference-h100": lambda: inference("h100_inference.json"),
+          "inference-cpu": lambda: inference("cpu_bench.json"),
+          "inference-profile": inference_profile, "oracle-h100": oracle, "hindsight-h100": hindsight}
 
 
 def fill(text):

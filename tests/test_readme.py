@@ -13,7 +13,8 @@ from common import parse_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig"}
+CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig",
+           "oracle": "OracleConfig"}
 COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+\.py[^`|#\n]*)", README)))
 
 
@@ -60,6 +61,28 @@ def test_files_named_exist():
         assert (ROOT / "".join(name)).exists(), name
 
 
+def oracle_numbers():
+    """The sentences about the oracle that quote a number."""
+    import numpy as np
+
+    from claims import f2, f3, f9, interval
+    with np.load(ROOT / "results/h100_oracle.npz") as file:
+        a = dict(file)
+    of = dict(zip(a["labels"], a["losses"], strict=True))
+    one, constant = f2(of["12"], of["1"]), f9(of["4"], of["6-2"], of["2-6"])
+    assert one["verdict"] == constant["verdict"] == "holds"
+    best = f3(of["12"], np.stack([of[str(k)] for k in range(13)], 1))
+    assert best["verdict"] == "holds" and set(np.flatnonzero(best["detail"]["best_k_resampled"])) == {5, 6}
+    step = len(a["domain"]) // len(a["control_domain"])
+    here = np.concatenate([np.flatnonzero(a["domain"] == d)[::step] for d in (0, 1)])
+    six = list(a["control_labels"]).index("6")
+    gain, foresight = of["12"][here] - of["6"][here], of["12"][here] - a["expected"][six]
+    low, high = one["ci"]
+    return [f"by {one['effect']:.3f} nats ({low:.3f} to {high:.3f})", "best at k = 5 or 6",
+            f"gains {interval(gain)[0]:.2f} nats over all-big", f"At least {interval(foresight)[0]:.3f} of that",
+            f"up to {interval(gain - foresight)[0]:.2f} is hindsight"]
+
+
 def test_numbers_in_the_text():
     speed = {row["variant"]: row for row in results("h100_train_speed.json")["train"]}
     dense, sparse = speed["ours, dense (all BIG)"], speed["ours, p(big) = 0.5"]
@@ -68,6 +91,14 @@ def test_numbers_in_the_text():
     two = results("h100_two_gpus.json")
     n, one = two["tokens_per_second"], two["one_gpu_tokens_per_second"]
     assert f"{n / 1e6:.2f} M tokens/s against {one / 1e6:.2f} M on one, {n / one:.2f} times" in README
+    bench = results("h100_oracle_bench.json")
+    two, three = bench["oracle"]
+    rate, share = two["tflop_per_second"], two["tflop_per_second"] / bench["matmul_tflops"]
+    assert f"{two['tokens_per_second']:,.0f} tokens/s on one H100" in README
+    assert f"{rate:.0f} TFLOP/s counted, {share:.0%} of what" in README
+    assert f"with skips: {three['tokens_per_second']:.0f} tokens/s" in README
+    for part in oracle_numbers():
+        assert part in README, part
     run = results("h100_run.json")
     assert f"98 M tokens in {run['wall_seconds']} s in all, of which compiling took {run['compile_seconds']}" in README
     cpu = results("cpu_run.json")

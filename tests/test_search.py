@@ -251,6 +251,10 @@ def test_flops(seed):
     assert len(tree.routes) == L
     assert search.flops == S * (nodes * (8 * d * d + 4 * d * keys) + 6 * d * (small_edges * w_small + L * w_big)
                                 + L * 2 * d * (V + 1))
+    # A beam follows only what some budget allows: no BIG leaves one route.
+    search = case.search()
+    dp(search, [(0, None)], 1, (SMALL, BIG), 1, "small")
+    assert search.flops == S * (case.model.flops(SMALL, keys) + 2 * d)
     # One route by itself costs what model.flops says, and its read-outs along M directions: 2 d each.
     routes = torch.randint(3, (5, S, L), generator=case.g)
     search = case.search(torch.randn(S, 3, d, generator=case.g))
