@@ -249,12 +249,17 @@ def find_claims(label, patterns, skip):
     return found
 
 
+def last_report(out_dir, checkpoint):
+    """-> oracle.json as it stands, {} where there is none of this checkpoint"""
+    path = Path(out_dir) / "oracle.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    return old if old.get("checkpoint") == checkpoint else {}
+
+
 def report(out_dir, checkpoint, quality, about):
     """Read what lies in out_dir/oracle of this checkpoint (its hash), and write oracle.json -> the same as a dict.
     quality: rows of oracle.run_quality, [] to keep those that are there; about: {"fingerprint", "seed"} of the run."""
-    path = Path(out_dir) / "oracle.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    old = old if old.get("checkpoint") == checkpoint else {}
+    old = last_report(out_dir, checkpoint)
     files = {file.stem: load(file, checkpoint) for file in sorted((Path(out_dir) / "oracle").glob("*.npz"))}
     patterns = files.pop("patterns", {})
     files = {name: arrays for name, arrays in files.items() if arrays}
@@ -290,7 +295,7 @@ def report(out_dir, checkpoint, quality, about):
     for line in result["findings"]:
         line |= {"context": "sequential" if enough else "frozen", "seeds": [about["seed"]],
                  "command": "python oracle.py"}
-    write_atomic(path, json.dumps(result, indent=1, default=float).encode())
+    write_atomic(Path(out_dir) / "oracle.json", json.dumps(result, indent=1, default=float).encode())
     return result
 
 

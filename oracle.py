@@ -416,43 +416,45 @@ def run_job(r, job, bar):
                     "curve": curve.cpu().numpy(), "notes": json.dumps(notes)}
         kept(path, compute)
         bar.update(done + min(size, len(idx) - first) * T - bar.n)
-    if r.rank:
-        return
-    while not all(path.exists() for _, path in parts):  # the other processes' share
-        time.sleep(1)
-    found = [(labels, kept(path, None)) for labels, path in parts]
-    if frozen:
-        routes, losses, fixed_losses, curve = (np.concatenate([part[key] for _, part in found], 1)
-                                               for key in ("routes", "losses", "fixed", "curve"))
+    if r.rank == 0:
+        while not all(path.exists() for _, path in parts):  # the other processes' share
+            time.sleep(1)
+        merge(r, job, name, size, list(lanes), curve_n, [(labels, kept(path, None)) for labels, path in parts])
+        for _, path in parts:
+            path.unlink()
+
+
+def merge(r, job, name, size, lanes, curve_n, parts):
+    """parts: [(which budgets, arrays of a batch)] -> the job's npz file"""
+    if job.context == "frozen":
+        routes, losses, fixed, curve = (np.concatenate([part[key] for _, part in parts], 1)
+                                        for key in ("routes", "losses", "fixed", "curve"))
+        extra = {"fixed": fixed, "curve": curve, "curve_n": np.array(curve_n)}
     else:
-        routes, losses = (np.concatenate([np.concatenate([part[key] for labels, part in found if labels == [lane]], 1)
+        routes, losses = (np.concatenate([np.concatenate([part[key] for labels, part in parts if labels == [lane]], 1)
                                           for lane in lanes]) for key in ("routes", "losses"))
-    notes = [json.loads(str(part["notes"])) for _, part in found]
+        extra = {}
+    idx, targets, domain = r.windows(job.tokens)
     usage = np.stack([np.stack([np.stack([(lane[domain == d] == c).mean(0, dtype=np.float32)
                                           for c in (SKIP, SMALL, BIG)], -1)  # [T, L, 3]
                                 for d in range(len(r.domains))]) for lane in routes])
-    arrays = {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
-              "labels": np.array(list(lanes)), "budgets": np.array([mean_budget(label) for label in lanes]),
-              "routes": routes, "losses": losses, "usage": usage, "context": job.context, "choices": job.choices,
-              "search": job.search, "criterion": job.criterion, "checkpoint": r.checkpoint,
-              "signature": name}
-    if frozen:
-        arrays |= {"fixed": fixed_losses, "curve": curve, "curve_n": np.array(curve_n)}
-    compared = sum(note["compared"] for note in notes)
-    arrays["notes"] = json.dumps({
-        "command": "python oracle.py " + " ".join(sys.argv[1:]), "job": dataclasses.asdict(job), "seed": config.seed,
-        "width": config.width, "completion": config.completion, "reference": config.reference,
-        "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu",
-        "torch": torch.__version__, "processes": r.world, "seconds": sum(note["seconds"] for note in notes),
-        "sequences_at_once": size,
-        "flops_per_token": sum(note["flops"] for note in notes) / idx.numel(),
-        "agreement_with_float32": sum(note["agreed"] for note in notes) / compared if compared else None,
-        "largest_difference_from_forward": max(note.get("largest_difference_from_forward", 0.0) for note in notes)
-        if not frozen else None,
-        "peak_memory_gb": torch.cuda.max_memory_allocated(r.device) / 1e9 if r.device.type == "cuda" else None})
-    write_npz(r.folder / f"{job.name}.npz", arrays)
-    for _, path in parts:
-        path.unlink()
+    notes = [json.loads(str(part["notes"])) for _, part in parts]
+    compared, cuda = sum(note["compared"] for note in notes), r.device.type == "cuda"
+    differences = [n["largest_difference_from_forward"] for n in notes if "largest_difference_from_forward" in n]
+    made = {"command": "python oracle.py " + " ".join(sys.argv[1:]), "job": dataclasses.asdict(job),
+            "seed": r.config.seed, "width": r.config.width, "completion": r.config.completion,
+            "reference": r.config.reference, "device": torch.cuda.get_device_name(r.device) if cuda else "cpu",
+            "torch": torch.__version__, "processes": r.world, "sequences_at_once": size,
+            "seconds": sum(note["seconds"] for note in notes),  # of all processes
+            "flops_per_token": sum(note["flops"] for note in notes) / idx.numel(),
+            "agreement_with_float32": sum(note["agreed"] for note in notes) / compared if compared else None,
+            "largest_difference_from_forward": max(differences, default=None),
+            "peak_memory_gb": torch.cuda.max_memory_allocated(r.device) / 1e9 if cuda else None}
+    write_npz(r.folder / f"{job.name}.npz", {
+        "idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
+        "labels": np.array(lanes), "budgets": np.array([mean_budget(label) for label in lanes]), "routes": routes,
+        "losses": losses, "usage": usage, "context": job.context, "choices": job.choices, "search": job.search,
+        "criterion": job.criterion, "checkpoint": r.checkpoint, "signature": name, "notes": json.dumps(made)} | extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,7 +608,8 @@ def main(argv=None):
             baseline_tokens = 0
         else:
             total += (-(-baseline_tokens // T) + -(-train_tokens // T)) * T * len(r.domains)
-    quality = []
+    quality = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
+    quality_tokens = 0 if quality else quality_tokens
     total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) if quality_tokens else 0
     try:
         with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,

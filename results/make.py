@@ -144,13 +144,36 @@ def hindsight():
                      "oracle's hindsight"], rows)
 
 
+def controls():
+    """The gain over the best fixed pattern, split: frozen context, both domains together."""
+    report = json.loads((HERE / "cpu_oracle.json").read_text())
+
+    def cell(part):
+        return "{:.3f} ({:.3f} to {:.3f})".format(*part)
+    return markdown(["k", "best fixed", "oracle", "gain", "= foresight", "+ hindsight"],
+                    [[row["k"], f"{row['fixed']:.3f}", f"{row['label']:.3f}",
+                      *(cell(row[key]) for key in ("gain", "foresight", "hindsight"))]
+                     for row in report["controls"]["frozen"] if row["domain"] == "all" and 0 < row["k"] < 12])
+
+
+def searches():
+    """DP and greedy against exhaustive search, over all k."""
+    quality, rows = json.loads((HERE / "cpu_oracle.json").read_text())["quality"], []
+    for name in dict.fromkeys(row["search"] for row in quality):
+        of = [row for row in quality if row["search"] == name]
+        gaps = [row["gap"][0] for row in of]
+        rows.append((of[0]["work"], [name, f"{of[0]['work']:.1%}", f"{statistics.mean(gaps):.4f}", f"{max(gaps):.4f}"]))
+    return markdown(["search", "work", "mean gap, nats", "largest gap"], [row for _, row in sorted(rows)])
+
+
 TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lambda: stage1("cpu_stage1.jsonl"),
           "speed": speed, "profile": profile, "skip-share": skip_share,
           "execution-h100": lambda: execution("h100_execution.json"),
           "execution-cpu": lambda: execution("cpu_bench.json"),
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
-          "inference-profile": inference_profile, "oracle-h100": oracle, "hindsight-h100": hindsight}
+          "inference-profile": inference_profile, "oracle-h100": oracle, "hindsight-h100": hindsight,
+          "controls-cpu": controls, "searches-cpu": searches}
 
 
 def fill(text):
