@@ -114,7 +114,7 @@ PLANS = {
         Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
     "cpu": (1000, 500, [
         Job(1000, "frozen"), Job(200, budgets="6"), Job(1000, "frozen", criterion="expected"),
-        Job(1000, "frozen", criterion="split"), Job(500, choices="xb", budgets="6")], 128),
+        Job(1000, "frozen", criterion="split"), Job(250, choices="xb", budgets="6")], 64),
     "debug": (64, 64, [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
 }
 PRESETS = {name: {} for name in PLANS}  # no flag's default depends on the preset

@@ -97,6 +97,9 @@ def test_numbers_in_the_text():
     assert f"{two['tokens_per_second']:,.0f} tokens/s on one H100" in README
     assert f"{rate:.0f} TFLOP/s counted, {share:.0%} of what" in README
     assert f"with skips: {three['tokens_per_second']:.0f} tokens/s" in README
+    assert f"{two['counted_ratio']:.1f} times less work and is {two['measured_ratio']:.0f} times faster there" in README
+    cpu = results("cpu_oracle_bench.json")["oracle"][0]
+    assert f"{cpu['counted_ratio']:.1f} times less and {cpu['measured_ratio']:.1f} times faster" in README
     for part in oracle_numbers():
         assert part in README, part
     run = results("h100_run.json")
