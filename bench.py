@@ -1,6 +1,6 @@
 """Speed, side by side: FLOPs saved (counted) and time saved (measured) are two columns, because they differ.
 
-    python bench.py                                   execution and inference
+    python bench.py                                   execution, inference and oracle
     python bench.py --part=train --against=PATH       stage-1 training at nanoGPT's 124M shape, against PATH's own model
 
 Parts: `train` (GPU only), `execution` (sparse against dense, at four shares of BIG), `inference` (does time follow
@@ -294,7 +294,7 @@ def show(part, rows):
         print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
     for row in rows:
         for ms, count, name in row.get("kernels") or []:
-            print(f"  {row.get('variant', row.get('route'))}: {ms:8.3f} ms {count:5d} x {name}")
+            print(f"  {row.get('variant') or row.get('route') or row['routes']}: {ms:8.3f} ms {count:5d} x {name}")
 
 
 def main(argv=None):
@@ -306,7 +306,7 @@ def main(argv=None):
     if bench.against and not (Path(bench.against) / "model.py").exists():
         raise UserError(f"--against={bench.against}: no model.py there; give the folder of a nanoGPT checkout")
     if (bench.part == "train" or bench.against) and device.type != "cuda":
-        raise UserError("--part=train and --against: need a GPU; --part=execution and --part=inference run anywhere")
+        raise UserError("--part=train and --against: need a GPU; the other parts run anywhere")
     if bench.profile and device.type != "cuda":
         raise UserError("--profile: needs a GPU, where it names the kernels")
     chosen = [bench.part] if bench.part != "all" else [p for p in parts if p != "train" or bench.against]

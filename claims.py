@@ -72,12 +72,11 @@ def f1(random, best100, oracle):
     both = np.concatenate((random, best100, oracle), 1)
     parts, detail = [], []
     for i in range(K):
-        above = interval(both, lambda m, i=i: m[..., K + i] - m[..., 2 * K + i])
+        lower = interval(both, lambda m, i=i: m[..., K + i] - m[..., 2 * K + i])
         triple = interval(both, lambda m, i=i: m[..., i] - m[..., 2 * K + i] - 3 * (m[..., i] - m[..., K + i]))
-        parts += [above, triple]
-        detail.append({"k": i + 2, "best100_minus_oracle": above, "gain_minus_3_best100_gains": triple})
-    weakest = min(parts[::2], key=lambda part: part[1])
-    return finding("F1", "the oracle is far below best-of-100 random", parts, detail, weakest)
+        parts += [lower, triple]
+        detail.append({"k": i + 2, "best100_minus_oracle": lower, "gain_minus_3_best100_gains": triple})
+    return finding("F1", "the oracle is far below best-of-100 random", parts, detail)
 
 
 def f2(all_big, oracle1):
@@ -103,7 +102,7 @@ def f6(big):
     centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
     parts = [above(centre[4], 0.5), above(centre[6], 0.48), below(centre[6], 0.52), below(centre[8], 0.5)]
     return finding("F6", "the oracle: late layers at k=4, even at k=6, early at k=8", parts,
-                   {f"centre_of_mass_k{k}": c for k, c in centre.items()}, centre[6])
+                   {f"centre_of_mass_k{k}": c for k, c in centre.items()})
 
 
 def f8(first, last):
@@ -204,49 +203,27 @@ def job_table(arrays):
     return rows
 
 
-def control_table(label, expected, split, fixed_of):
-    """-> rows: for each domain and k the oracle's gain over the best fixed pattern = foresight + hindsight.
-    fixed_of(k): the pattern's losses on the sequences of `label`. Paired, on the sequences that all searched."""
-    rows, where = [], shared(expected, label)
-    if where is None:
+def control_table(label, expected, split, patterns):
+    """-> rows: for each domain and k the oracle's gain over the best fixed pattern = foresight + hindsight. Paired, on
+    the sequences that all of them searched."""
+    rows, places = [], [shared(expected, arrays) for arrays in (patterns, label, split) if arrays]
+    if any(place is None for place in places):
         return rows
-    for k in sorted(set(expected["budgets"]) & set(label["budgets"]) - {-1}):
-        def of(arrays, k=k):
-            return arrays["losses"][list(arrays["labels"]).index(str(k))].mean(-1)
-        columns = np.stack((fixed_of(k)[where], of(expected), of(label)[where],
-                            of(split) if split else np.full(len(where), np.nan)), 1)
+    for label_of_k in (str(name) for name in expected["labels"] if str(name).isdigit() and name in label["labels"]):
+        k, S = int(label_of_k), len(expected["domain"])
+
+        def of(arrays, where, name=label_of_k):
+            return arrays["losses"][list(arrays["labels"]).index(name)].mean(-1)[where]
+        with_split = split and label_of_k in split["labels"]
+        columns = np.stack((patterns["fixed"][k].mean(-1)[places[0]], of(expected, np.arange(S)), of(label, places[1]),
+                            of(split, places[2]) if with_split else np.full(S, np.nan)), 1)
         for name, here in by_domain(expected):
             def gap(i, j, here=here, columns=columns):
                 return interval(columns[here], lambda m: m[..., i] - m[..., j])
-            rows.append({"domain": name, "k": int(k), "sequences": int(here.sum()),
+            rows.append({"domain": name, "k": k, "sequences": int(here.sum()),
                          **dict(zip(("fixed", "expected", "label", "split"), columns[here].mean(0), strict=True)),
                          "gain": gap(0, 2), "foresight": gap(0, 1), "hindsight": gap(1, 2), "learnable": gap(0, 3)})
     return rows
-
-
-def find_claims(label, patterns, skip):
-    """The paper's claims about the oracle, on all domains together -> findings"""
-    of = {str(name): label["losses"][i].mean(-1) for i, name in enumerate(label["labels"])} if label else {}
-    big = {str(name): label["routes"][i] == BIG for i, name in enumerate(label["labels"])} if label else {}
-    L, found = label["routes"].shape[-1] if label else 12, []
-    ks = [str(k) for k in range(L + 1)]
-    where = shared(label, patterns) if label and patterns else None
-    if where is not None and L > 10 and set(ks) <= set(of):
-        base = {name: losses[:, where] for name, losses in baseline_losses(patterns).items()}
-        oracle = np.stack([of[k] for k in ks], 1)  # [S, L + 1]
-        found += [f1(base["random"][2:11].T, base["best100_data_set"][2:11].T, oracle[:, 2:11]),
-                  f2(base["fixed"][L], oracle[:, 1]), f3(base["fixed"][L], oracle)]
-    if {"4", "6", "8"} <= set(of):
-        found.append(f6({k: big[str(k)].mean(1) for k in (4, 6, 8)}))
-    if "any" in of:
-        quarter = big["any"].shape[1] // 4
-        per_token = big["any"].sum(-1)
-        found.append(f8(per_token[:, :quarter].mean(1), per_token[:, -quarter:].mean(1)))
-    if {"4", "6-2", "2-6"} <= set(of):
-        found.append(f9(of["4"], of["6-2"], of["2-6"]))
-    if skip and "6" in list(skip["labels"]):
-        found.append(f10(skip["routes"][list(skip["labels"]).index("6")] == SKIP))
-    return found
 
 
 def last_report(out_dir, checkpoint):
@@ -256,52 +233,81 @@ def last_report(out_dir, checkpoint):
     return old if old.get("checkpoint") == checkpoint else {}
 
 
+def find_claims(label, patterns, skip):
+    """The paper's claims about the oracle, on all domains together -> findings. label, patterns: searches and baselines
+    of one context; skip: a search over {big, skip}. {} for what there is not."""
+    def made_by(arrays, findings):
+        notes = json.loads(str(arrays["notes"]))
+        return [line | {"context": str(arrays["context"]), "command": notes["command"]} for line in findings]
+
+    found = []
+    if label:
+        of = {str(name): label["losses"][i].mean(-1) for i, name in enumerate(label["labels"])}
+        big = {str(name): label["routes"][i] == BIG for i, name in enumerate(label["labels"])}
+        L, lines = label["routes"].shape[-1], []
+        ks = [str(k) for k in range(L + 1)]
+        where = shared(label, patterns) if patterns else None
+        if where is not None and L > 10 and set(ks) <= set(of):
+            base = {name: losses[:, where] for name, losses in baseline_losses(patterns).items()}
+            oracle = np.stack([of[k] for k in ks], 1)  # [S, L + 1]
+            lines += [f1(base["random"][2:11].T, base["best100_data_set"][2:11].T, oracle[:, 2:11]),
+                      f2(of[str(L)], oracle[:, 1]), f3(of[str(L)], oracle)]
+        if {"4", "6", "8"} <= set(of):
+            lines.append(f6({k: big[str(k)].mean(1) for k in (4, 6, 8)}))
+        if "any" in of:
+            quarter, per_token = big["any"].shape[1] // 4, big["any"].sum(-1)
+            lines.append(f8(per_token[:, :quarter].mean(1), per_token[:, -quarter:].mean(1)))
+        if {"4", "6-2", "2-6"} <= set(of):
+            lines.append(f9(of["4"], of["6-2"], of["2-6"]))
+        found += made_by(label, lines)
+    if skip and "6" in skip["labels"]:
+        found += made_by(skip, [f10(skip["routes"][list(skip["labels"]).index("6")] == SKIP)])
+    return found
+
+
 def report(out_dir, checkpoint, quality, about):
     """Read what lies in out_dir/oracle of this checkpoint (its hash), and write oracle.json -> the same as a dict.
     quality: rows of oracle.run_quality, [] to keep those that are there; about: {"fingerprint", "seed"} of the run."""
-    old = last_report(out_dir, checkpoint)
     files = {file.stem: load(file, checkpoint) for file in sorted((Path(out_dir) / "oracle").glob("*.npz"))}
-    patterns = files.pop("patterns", {})
     files = {name: arrays for name, arrays in files.items() if arrays}
+    patterns = {context: files.pop(f"patterns_{context}", {}) for context in ("sequential", "frozen")}
     result = {"checkpoint": checkpoint, **about,
               "searches": {name: json.loads(str(arrays["notes"])) | {"rows": job_table(arrays)}
                            for name, arrays in files.items()},
-              "baselines": [], "controls": {}, "curves": {}, "quality": quality or old.get("quality", [])}
-    if patterns:
-        losses = baseline_losses(patterns)
-        for k in range(len(losses["fixed"])):
-            for name, here in by_domain(patterns):
-                result["baselines"].append({"domain": name, "k": k, "sequences": int(here.sum()),
-                                            **{policy: interval(values[k, here])
-                                               for policy, values in losses.items()}})
-    for context in ("sequential", "frozen"):
-        label, expected, split = (files.get(f"sb_{context}_{kind}", {}) for kind in ("exhaustive", "expected", "split"))
-        if context == "frozen" and label:
-            result["curves"] = {str(name): dict(zip(map(int, label["curve_n"]), label["curve"][i].mean(0).tolist()))
-                                for i, name in enumerate(label["labels"])}
-        if label and expected and patterns:
-            if context == "frozen":
-                fixed_of = (lambda k, label=label: label["fixed"][k].mean(-1)) if len(label["fixed"]) else None
-            else:
-                where = shared(label, patterns)
-                fixed_of = None if where is None else lambda k, where=where: patterns["fixed"][k].mean(-1)[where]
-            if fixed_of:
-                result["controls"][context] = control_table(label, expected, split, fixed_of)
-    main_file = files.get("sb_sequential_exhaustive", {})
-    frozen = files.get("sb_frozen_exhaustive", {})
-    enough = main_file and len(main_file["labels"]) > len(frozen.get("labels", []))
-    result["findings"] = find_claims(main_file if enough else frozen, patterns, files.get(
-        "xb_sequential_exhaustive") or files.get("xb_frozen_exhaustive", {}))
+              "baselines": {}, "controls": {}, "curves": {},
+              "quality": quality or last_report(out_dir, checkpoint).get("quality", [])}
+    for context, arrays in patterns.items():
+        if not arrays:
+            continue
+        losses = baseline_losses(arrays)
+        result["baselines"][context] = [
+            {"domain": name, "k": k, "sequences": int(here.sum()),
+             **{policy: interval(values[k, here]) for policy, values in losses.items()}}
+            for k in range(len(losses["fixed"])) for name, here in by_domain(arrays)]
+        result["curves"][context] = {k: dict(zip(map(int, arrays["curve_n"]), curve.mean(0).tolist(), strict=True))
+                                     for k, curve in enumerate(arrays["curve"])}
+        label = files.get(f"sb_{context}_exhaustive", {})
+        expected, split = (next((files[name] for name in sorted(files, key=len)  # all budgets first, then some
+                                 if name.startswith(f"sb_{context}_exhaustive_{kind}")), {})
+                           for kind in ("expected", "split"))
+        if label and expected:
+            result["controls"][context] = control_table(label, expected, split, arrays)
+    # Sequential, what generation does, where all budgets were searched in that context; else frozen.
+    contexts = [context for context in ("sequential", "frozen") if f"sb_{context}_exhaustive" in files]
+    skip = files.get("xb_sequential_exhaustive_6") or files.get("xb_frozen_exhaustive_6", {})
+    result["findings"] = find_claims(files[f"sb_{contexts[0]}_exhaustive"] if contexts else {},
+                                     patterns[contexts[0]] if contexts else {}, skip)
     for line in result["findings"]:
-        line |= {"context": "sequential" if enough else "frozen", "seeds": [about["seed"]],
-                 "command": "python oracle.py"}
+        line["seeds"] = [about["seed"]]
     write_atomic(Path(out_dir) / "oracle.json", json.dumps(result, indent=1, default=float).encode())
     return result
 
 
 def summary(result):
     """-> text: losses by budget beside the baselines, the controls, the findings"""
-    lines, base = [], {(row["domain"], row["k"]): row for row in result["baselines"]}
+    lines = []
+    base = {(context, row["domain"], str(row["k"])): row
+            for context, rows in result["baselines"].items() for row in rows}
     for name, found in result["searches"].items():
         lines.append(f"{name}: {found['seconds']:.0f} s, {found['flops_per_token'] / 1e9:.3g} GFLOP a token")
         for what in ("agreement_with_float32", "largest_difference_from_forward", "peak_memory_gb"):
@@ -310,7 +316,7 @@ def summary(result):
         lines.append(f"  {'domain':<8}{'budget':>7}{'BIG':>7}{'SKIP':>7}{'oracle':>9}{'95% interval':>17}{'random':>9}"
                      f"{'best 100':>10}{'fixed':>8}")
         for row in found["rows"]:
-            other = base.get((row["domain"], int(row["budget"]) if row["budget"].isdigit() else None))
+            other = base.get((found["job"]["context"], row["domain"], row["budget"]))
             beside = (f"{other['random'][0]:>9.4f}{other['best100_data_set'][0]:>10.4f}{other['fixed'][0]:>8.4f}"
                       if other and found["job"]["choices"] == "sb" else "")
             low, high = row["ci"]

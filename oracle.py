@@ -19,15 +19,15 @@ is reported is always the one on the true label:
     split        -log p(y'), y' drawn from p_ref: an oracle for another label; what survives on y is learnable
     foresight(k) = fixed - expected;  hindsight(k) = expected - label;  their sum is the oracle's gain over fixed.
 
-Files: out_dir/oracle/<choices>_<context>_<search>.npz, <search> being expected or split where that is the criterion:
+Files: out_dir/oracle/<choices>_<context>_<search>.npz (with _expected or _split, and with the budgets where not all):
     idx, targets [S, T]; domain [S], an index into `domains`; labels [K], the budgets as given; budgets [K] int (any:
-    -1; a ramp: its mean); routes [K, S, T, L] uint8; losses [K, S, T] float32, nats; usage [K, D, T, L, 3], shares of
+    -1, a ramp: -2); routes [K, S, T, L] uint8; losses [K, S, T] float32, nats; usage [K, D, T, L, 3], shares of
     the choices; context, choices, search, criterion; checkpoint and signature (hashes); notes, JSON: how it was made.
-    In the frozen context also fixed [L + 1, S, T], losses of the best fixed patterns there; curve [K, S, N] and curve_n
-    [N]: the mean over tokens of the least loss of N random routes.
-out_dir/oracle/patterns.npz: patterns [P, L]; means [P, S], a pattern's loss on a sequence; idx [S, T]; domain [S];
-    chosen [D, L + 1], the best on training text for k = 0..L; fixed [L + 1, S, T], its losses; hundred [L + 1, 100],
-    random ones (-1: fewer exist); per_token [L + 1, S], the mean of each token's best of the hundred.
+out_dir/oracle/patterns_<context>.npz, the baselines: patterns [P, L]; means [P, S], a pattern's loss on a sequence,
+    where all tokens take it (sequential) or one does after all-BIG ones (frozen); idx [S, T]; domain [S]; chosen
+    [D, L + 1], the best on training text for k = 0..L; fixed [L + 1, S, T], its losses; hundred [L + 1, 100], random
+    ones (-1: fewer exist); per_token [L + 1, S], the mean of each token's best of the hundred; curve [L + 1, S, N] and
+    curve_n [N]: the selection curve, the mean over tokens of the least loss of N random patterns.
 out_dir/oracle.json: tables, baselines, controls, findings, quality of the searches, timings (made by claims.py).
 """
 import copy
@@ -37,6 +37,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -45,7 +46,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import claims
@@ -101,21 +101,25 @@ class Job:
 
     @property
     def name(self):
-        return f"{self.choices}_{self.context}_{self.search if self.criterion == 'label' else self.criterion}"
+        """Of the npz file. A search for a few budgets has them in its name: it must not replace the whole one."""
+        parts = [self.choices, self.context, self.search]
+        parts += [self.criterion] * (self.criterion != "label")
+        parts += [self.budgets.replace("/", "s").replace(",", "+")] * ("all" not in self.budgets.split(","))
+        return "_".join(parts)
 
 
-# What `python oracle.py` does: tokens per domain for the baselines (validation, training), the searches, and tokens for
-# the quality of the searches.
+# What `python oracle.py` does: baselines (context, tokens per domain of validation and of training text), the searches,
+# and tokens for the quality of the searches. A corpus that holds less is searched whole.
 PLANS = {
-    "gpu": (131072, 32768, [
+    "gpu": ([("sequential", 131072, 32768), ("frozen", 32768, 16384)], [
         Job(131072, budgets="all,6-2,2-6"), Job(32768, budgets="2,4,6,8,10", criterion="expected"),
         Job(32768, budgets="2,4,6,8,10", criterion="split"), Job(32768, "frozen"),
         Job(32768, "frozen", criterion="expected"), Job(32768, "frozen", criterion="split"),
         Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
-    "cpu": (1000, 500, [
+    "cpu": ([("frozen", 1000, 1000)], [
         Job(1000, "frozen"), Job(200, budgets="6"), Job(1000, "frozen", criterion="expected"),
         Job(1000, "frozen", criterion="split"), Job(250, choices="xb", budgets="6")], 64),
-    "debug": (64, 64, [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
+    "debug": ([("sequential", 64, 64), ("frozen", 64, 64)], [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
 }
 PRESETS = {name: {} for name in PLANS}  # no flag's default depends on the preset
 
@@ -129,13 +133,13 @@ def parse_budgets(text, n_layer, choices):
     for label in text.split(","):
         labels = ["any", *map(str, range(n_layer + 1))] if label == "all" else [label]
         for name in labels:
+            if not re.fullmatch(r"any|\d+(-\d+)?(/\d+)?|/\d+", name):
+                raise UserError(f"--budgets={text}: {name!r} is none of any, 4, /6, 4/3, 6-2, all; give some of these, "
+                                "comma separated")
             big, _, skip = ("", "", "") if name == "any" else name.partition("/")
             first, _, last = big.partition("-")
-            try:
-                ends = [int(first), int(last or first)] if first else [None, None]
-                n_skip = int(skip) if skip else None
-            except ValueError:
-                raise UserError(f"--budgets={name}: give any, 4, /6, 4/3, 6-2 or all, comma separated") from None
+            ends = [int(first), int(last or first)] if first else [None, None]
+            n_skip = int(skip) if skip else None
 
             def budget(share, ends=ends, n_skip=n_skip):
                 return (None if ends[0] is None else round(ends[0] + (ends[1] - ends[0]) * share)), n_skip
@@ -150,10 +154,10 @@ def parse_budgets(text, n_layer, choices):
     return lanes
 
 
-def mean_budget(label):
+def budget_number(label):
     """-> the `budgets` entry of a label"""
-    ends = label.partition("/")[0].split("-")
-    return round(sum(map(int, ends)) / len(ends)) if ends[0] not in ("any", "") else -1
+    big = label.partition("/")[0]
+    return int(big) if big.isdigit() else -2 if "-" in big else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,8 +173,8 @@ class Run:
         if self.world > 1 and here in ("auto", "cuda") and torch.cuda.is_available():
             here = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = find_device(here)
-        self.folder = open_out_dir(config.out_dir) / "oracle"
         self.exact, self.shape, self.rest = load_run(config.out_dir, self.device)
+        self.folder = open_out_dir(config.out_dir) / "oracle"
         self.exact.requires_grad_(False)
         self.fast, dtype = self.exact, self.exact.compute_dtype
         self.exact.compute_dtype = torch.float32
@@ -178,6 +182,7 @@ class Run:
             self.fast = copy.deepcopy(self.exact).to(dtype)
             self.fast.compute_dtype, self.fast.cos, self.fast.sin = dtype, self.exact.cos, self.exact.sin
         self.keep = 1 if self.fast is self.exact else RESCORED
+        self.parts = []  # files that are of no more use when all is done
         self.checkpoint = file_hash(Path(config.out_dir) / "ckpt.pt")
         trained = self.rest["train_config"]
         self.corpus = data.load(data.prepare(trained["corpus"], trained["tokenizer"], trained["vocab_size"],
@@ -190,21 +195,27 @@ class Run:
         self.domains = self.corpus.domains if config.domain == "all" else [config.domain]
         self.reference = None
         if config.reference:
-            self.reference, _, other = load_run(config.reference, self.device)
+            self.reference, shape, other = load_run(config.reference, self.device)
+            if shape.block_size < self.shape.block_size:
+                raise UserError(f"--reference={config.reference}: its context of {shape.block_size} tokens is shorter "
+                                f"than this run's; train one with --block_size={self.shape.block_size}")
             if other["fingerprint"] != self.rest["fingerprint"]:
                 raise UserError(f"--reference={config.reference}: was trained on corpus {other['fingerprint']}, this "
                                 f"run on {self.rest['fingerprint']}; train it on the same text")
             self.reference.requires_grad_(False)
 
+    def holds(self):
+        """-> tokens in whole sequences that the smallest validation set holds"""
+        T = self.shape.block_size
+        return min((len(self.corpus.val[domain]) - 1) // T * T for domain in self.domains)
+
     def windows(self, tokens):
         """-> idx, targets [S, T], domain [S] (cpu): the same validation windows for every search of that many tokens"""
         T = self.shape.block_size
         n = -(-tokens // T)
-        for domain in self.domains:
-            holds = (len(self.corpus.val[domain]) - 1) // T
-            if n > holds:
-                raise UserError(f"--tokens={tokens}: the {domain} validation set holds {holds * T} in whole sequences; "
-                                "ask for fewer")
+        if n * T > self.holds():
+            raise UserError(f"--tokens={tokens}: the smallest validation set holds {self.holds()} in whole sequences; "
+                            "ask for fewer")
         pairs = [data.eval_windows(self.corpus, domain, n, T) for domain in self.domains]
         return (*(torch.cat(part) for part in zip(*pairs, strict=True)), np.arange(len(self.domains)).repeat(n))
 
@@ -218,7 +229,7 @@ class Run:
         one = (3 * self.shape.big_width + 12 * self.shape.n_embd) * 2  # bytes of one state on its way through a layer
         return int(0.4 * free / one)
 
-    def sequences(self, n_leaves):
+    def sequences(self, n_leaves, n_together):
         """How many sequences to search at once: their caches and losses take up to 30% of a GPU's memory (of all of it,
         so that every process, and a resumed run, cuts the text alike)."""
         if self.config.batch_size:
@@ -226,7 +237,8 @@ class Run:
         if self.device.type != "cuda":
             return 16
         L, d, T = self.shape.n_layer, self.shape.n_embd, self.shape.block_size
-        one = L * 2 * T * d * 6 + 24 * n_leaves + 4 * RESCORED * (2 * L * d + 3 * self.shape.big_width)
+        candidates = RESCORED * n_together
+        one = L * 2 * T * d * 6 + 24 * n_leaves + 4 * candidates * (2 * L * d + 3 * self.shape.big_width)
         fits = int(0.3 * torch.cuda.get_device_properties(self.device).total_memory / one)
         return max(1, min(1024, fits // 16 * 16))
 
@@ -237,13 +249,15 @@ class Run:
         if criterion == "label":
             return table[targets].unsqueeze(2)
         found = []
-        for i in range(0, len(idx), 16):
-            p = self.reference(idx[i:i + 16], BIG)[0].softmax(-1)  # [16, T, V]
+        for i in range(len(idx)):
+            p = self.reference(idx[i:i + 1], BIG)[0][0].softmax(-1)  # [T, V]
             if criterion == "split":
                 g = generator(self.device, self.config.seed, "split", first + i)
-                p = F.one_hot(torch.multinomial(p.flatten(0, 1), 1, generator=g).view(p.shape[:2]), p.shape[-1]).float()
-            found.append(torch.stack((p @ table, table[targets[i:i + 16]]), 2))
-        return torch.cat(found)
+                chosen = table[torch.multinomial(p, 1, generator=g)[:, 0]]
+            else:
+                chosen = p @ table
+            found.append(torch.stack((chosen, table[targets[i]]), 1))
+        return torch.stack(found)
 
 
 def run_sequential(r, find, idx, targets, directions, budget, bar):
@@ -283,18 +297,20 @@ def agreement(r, find, idx, past, directions, chosen, t, notes):
         notes["compared"] += len(route)
 
 
-def run_frozen(r, find, idx, directions, budgets, fixed, curve_n, bar):
-    """All budgets at once, every earlier token all-BIG -> routes [K, S, T, L], losses [K, S, T], notes; the losses of
-    the fixed patterns [S, K', L] in this context [K', S, T]; the selection curve [K, S, N]."""
-    (S, T), L = idx.shape, r.shape.n_layer
-    cache = KVCache(r.shape, S, r.device, torch.float32)
+def all_big_past(r, idx):
+    """-> keys and values of all-BIG tokens, float32 [2, L, S, H, T, D]"""
+    cache = KVCache(r.shape, len(idx), r.device, torch.float32)
     r.exact(idx, BIG, cache=cache)
-    past = torch.stack((cache.k, cache.v))  # [2, L, S, H, T, D]
+    return torch.stack((cache.k, cache.v))
+
+
+def run_frozen(r, find, idx, directions, budgets, bar):
+    """All budgets at once, every earlier token all-BIG -> routes [K, S, T, L], losses [K, S, T], and what was noted."""
+    (S, T), L = idx.shape, r.shape.n_layer
+    past = all_big_past(r, idx)
     fast_past = past if r.fast is r.exact else past.to(r.fast.compute_dtype)
     routes = torch.empty(len(budgets), S, T, L, dtype=torch.uint8, device=r.device)
     losses, notes = torch.empty(len(budgets), S, T, device=r.device), {"flops": 0, "agreed": 0, "compared": 0}
-    fixed_losses = torch.empty(fixed.shape[1], S, T, device=r.device)
-    curve, weights = torch.zeros(len(budgets), S, len(curve_n), device=r.device), {}
     for t in range(T):
         exact = Search(r.exact, idx[:, t], past[..., :t, :], directions[:, t])
         search = exact if r.fast is r.exact else Search(r.fast, idx[:, t], fast_past[..., :t, :], directions[:, t])
@@ -302,34 +318,11 @@ def run_frozen(r, find, idx, directions, budgets, fixed, curve_n, bar):
         for i, budget in enumerate(budgets):
             routes[i, :, t], losses[i, :, t] = chosen[budget][0], chosen[budget][1][:, -1]
         notes["flops"] += exact.flops + (search.flops if search is not exact else 0)
-        if fixed.shape[1]:
-            fixed_losses[..., t] = exact.score(fixed.transpose(0, 1))[..., -1]
-        if len(curve_n):
-            tree, leaves = find.last
-            for i, budget in enumerate(budgets):
-                values = leaves[tree.leaves(budget)].sort(dim=0).values  # [C, S]
-                if budget not in weights:
-                    weights[budget] = least_of(len(values), curve_n).to(values)
-                curve[i] += (weights[budget] @ values).T / T
         if search is not exact:
             agreement(r, find, idx[:, t], past[..., :t, :], directions[:, t], {b: c[0] for b, c in chosen.items()}, t,
                       notes)
         bar.update(S)
-    return routes, losses, notes, fixed_losses, curve
-
-
-def least_of(C, sizes):
-    """-> [N, C]: the chance that the i-th smallest of C values is the least of n drawn without replacement,
-    choose(C - i, n - 1) / choose(C, n). Draws of more than C are draws of all."""
-    i = torch.arange(C, dtype=torch.float64)
-    rows = []
-    for n in (min(n, C) for n in sizes):
-        def log_choose(a, b):
-            return torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)
-        enough = C - 1 - i >= n - 1  # at least n - 1 larger ones
-        log_p = log_choose((C - 1 - i).clamp_min(n - 1), n - 1) - log_choose(torch.tensor(float(C)).double(), n)
-        rows.append(torch.where(enough, log_p.exp(), 0))
-    return torch.stack(rows)
+    return routes, losses, notes
 
 
 def kept(path, compute):
@@ -351,89 +344,75 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def signature(r, *parts):
+def signature(*parts):
     """A short name for all that a result depends on, so that only what belongs together is resumed or merged."""
-    text = json.dumps([r.checkpoint, r.config.seed, r.domains, *map(str, parts)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:12]
 
 
-def finished(r, job, name):
-    """Has this very search been done? (A file of the same name may hold another one: fewer tokens, other budgets.)"""
-    arrays = claims.load(r.folder / f"{job.name}.npz", r.checkpoint)
-    return bool(arrays) and str(arrays["signature"]) == name
+def is_there(path, r, signature):
+    """Has this very result been made? (A file of the same name may hold another one: fewer tokens, another seed.)"""
+    arrays = claims.load(path, r.checkpoint)
+    return bool(arrays) and str(arrays["signature"]) == signature
 
 
 def run_job(r, job, bar):
     """Search a job's text batch by batch, and write its npz file. Under torchrun each process takes its share of the
     batches; the first one waits for the others and merges."""
     config, L, T = r.config, r.shape.n_layer, r.shape.block_size
-    idx, targets, domain = r.windows(job.tokens)
+    idx, targets, _ = r.windows(job.tokens)
     choices = tuple(sorted(LETTERS[letter] for letter in job.choices))
-    lanes = parse_budgets(job.budgets, L, job.choices)
-    n_leaves = len(choices) ** L if job.search == "exhaustive" else 4096
-    name = signature(r, job, (config.width, config.completion) if job.search == "dp" else "",
-                     file_hash(Path(config.reference) / "ckpt.pt") if job.criterion != "label" else "")
-    stem = r.folder / "parts" / name
-    if finished(r, job, name):
-        bar.update(len(idx) * T * (1 if job.context == "frozen" else len(lanes)))
+    budgets = parse_budgets(job.budgets, L, job.choices)
+    frozen = job.context == "frozen"
+    sign = signature(r.checkpoint, r.domains, job, (config.width, config.completion) if job.search == "dp" else "",
+                     (file_hash(Path(config.reference) / "ckpt.pt"), config.seed) if job.criterion != "label" else "")
+    if is_there(r.folder / f"{job.name}.npz", r, sign):
+        bar.update(len(idx) * T * (1 if frozen else len(budgets)))
         return
-    size = r.sequences(n_leaves)
-    searches = {"exhaustive": lambda: Exhaustive(r.fast, choices, max(1, r.rows() // size)),
-                "dp": lambda: partial(dp, choices=choices, width=config.width, completion=config.completion),
-                "greedy": lambda: partial(greedy, choices=choices)}
-    find = searches[job.search]()
-    frozen, fixed, curve_n = job.context == "frozen", np.zeros((len(idx), 0, L), np.uint8), []
-    patterns = claims.load(r.folder / "patterns.npz", r.checkpoint)
-    if frozen and job.choices == "sb" and patterns and list(patterns["domains"]) == r.domains:
-        fixed = patterns["patterns"][patterns["chosen"][domain]]  # [S, L + 1, L]
-    if frozen and job.search == "exhaustive" and job.criterion == "label":
-        curve_n = [2 ** i for i in range(math.ceil(math.log2(n_leaves)) + 1)]
-    units = [(list(lanes) if frozen else [lane], first) for first in range(0, len(idx), size)
-             for lane in (["all"] if frozen else lanes)]
-    parts = []
+    size = r.sequences(len(choices) ** L if job.search == "exhaustive" else 4096, len(budgets) if frozen else 1)
+    find = {"exhaustive": lambda: Exhaustive(r.fast, choices, max(1, r.rows() // size)),
+            "dp": lambda: partial(dp, choices=choices, width=config.width, completion=config.completion),
+            "greedy": lambda: partial(greedy, choices=choices)}[job.search]()
+    # A unit of work is a batch and, in the sequential context, one budget.
+    units = [(labels, first) for first in range(0, len(idx), size)
+             for labels in ([list(budgets)] if frozen else [[label] for label in budgets])]
+    paths = []
+    bar.set_description(job.name, refresh=False)
     for number, (labels, first) in enumerate(units):
-        path = Path(f"{stem}-{first}-{'all' if frozen else labels[0].replace('/', 's')}.npz")
-        parts.append((labels, path))
+        which = "all" if frozen else labels[0].replace("/", "s")
+        paths.append(r.folder / "parts" / f"{sign}-{size}-{first}-{which}.npz")
         if number % r.world != r.rank:
             continue
-        bar.set_description(job.name, refresh=False)
-        done = bar.n
 
         def compute(first=first, labels=labels):
             start, rows = time.time(), slice(first, first + size)
             x, y = idx[rows].to(r.device), targets[rows].to(r.device)
             directions = r.directions(x, y, job.criterion, first)
             if frozen:
-                budgets = [lanes[label](0.0) for label in labels]
-                routes, losses, notes, fixed_losses, curve = run_frozen(
-                    r, find, x, directions, budgets, torch.from_numpy(fixed[rows]).to(r.device), curve_n, bar)
+                together = [budget(0.0) for budget in budgets.values()]
+                routes, losses, notes = run_frozen(r, find, x, directions, together, bar)
             else:
-                routes, losses, notes = run_sequential(r, find, x, y, directions, lanes[labels[0]], bar)
+                routes, losses, notes = run_sequential(r, find, x, y, directions, budgets[labels[0]], bar)
                 routes, losses = routes[None], losses[None]
-                fixed_losses = curve = torch.zeros(0)
             notes |= {"seconds": time.time() - start, "flops": float(notes["flops"])}
-            return {"routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "fixed": fixed_losses.cpu().numpy(),
-                    "curve": curve.cpu().numpy(), "notes": json.dumps(notes)}
-        kept(path, compute)
-        bar.update(done + min(size, len(idx) - first) * T - bar.n)
+            return {"routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "notes": json.dumps(notes)}
+        done = bar.n
+        kept(paths[-1], compute)
+        bar.update(done + min(size, len(idx) - first) * T - bar.n)  # where it was there already
     if r.rank == 0:
-        while not all(path.exists() for _, path in parts):  # the other processes' share
+        while not all(path.exists() for path in paths):  # the other processes' share
             time.sleep(1)
-        merge(r, job, name, size, list(lanes), curve_n, [(labels, kept(path, None)) for labels, path in parts])
-        for _, path in parts:
-            path.unlink()
+        parts = [(labels, kept(path, None)) for (labels, _), path in zip(units, paths, strict=True)]
+        merge(r, job, sign, size, list(budgets), parts)
+        r.parts += paths
 
 
-def merge(r, job, name, size, lanes, curve_n, parts):
+def merge(r, job, sign, size, labels, parts):
     """parts: [(which budgets, arrays of a batch)] -> the job's npz file"""
     if job.context == "frozen":
-        routes, losses, fixed, curve = (np.concatenate([part[key] for _, part in parts], 1)
-                                        for key in ("routes", "losses", "fixed", "curve"))
-        extra = {"fixed": fixed, "curve": curve, "curve_n": np.array(curve_n)}
+        routes, losses = (np.concatenate([part[key] for _, part in parts], 1) for key in ("routes", "losses"))
     else:
-        routes, losses = (np.concatenate([np.concatenate([part[key] for labels, part in parts if labels == [lane]], 1)
-                                          for lane in lanes]) for key in ("routes", "losses"))
-        extra = {}
+        routes, losses = (np.concatenate([np.concatenate([part[key] for which, part in parts if which == [label]], 1)
+                                          for label in labels]) for key in ("routes", "losses"))
     idx, targets, domain = r.windows(job.tokens)
     usage = np.stack([np.stack([np.stack([(lane[domain == d] == c).mean(0, dtype=np.float32)
                                           for c in (SKIP, SMALL, BIG)], -1)  # [T, L, 3]
@@ -452,62 +431,108 @@ def merge(r, job, name, size, lanes, curve_n, parts):
             "peak_memory_gb": torch.cuda.max_memory_allocated(r.device) / 1e9 if cuda else None}
     write_npz(r.folder / f"{job.name}.npz", {
         "idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
-        "labels": np.array(lanes), "budgets": np.array([mean_budget(label) for label in lanes]), "routes": routes,
+        "labels": np.array(labels), "budgets": np.array([budget_number(label) for label in labels]), "routes": routes,
         "losses": losses, "usage": usage, "context": job.context, "choices": job.choices, "search": job.search,
-        "criterion": job.criterion, "checkpoint": r.checkpoint, "signature": name, "notes": json.dumps(made)} | extra)
+        "criterion": job.criterion, "checkpoint": r.checkpoint, "signature": sign, "notes": json.dumps(made)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # baselines, and what the cheaper searches cost and miss
 
-def run_baselines(r, tokens, train_tokens, bar):
-    """Every pattern of SMALL and BIG on validation text and, to choose the best fixed ones, on training text; the tree
-    shares work among patterns too. -> patterns.npz"""
+def pattern_losses(r, context, tree, x, y):
+    """Losses of all patterns [P, B, T] on x, y [B, T]: where all tokens take the pattern (sequential), or where one
+    does after all-BIG ones (frozen)."""
+    if context == "sequential":
+        return Patterns(r.fast, x, y).leaf_losses(tree)[..., 0].unflatten(1, x.shape)
+    past, directions = all_big_past(r, x).to(r.fast.compute_dtype), r.directions(x, y, "label", 0)
+    return torch.stack([Search(r.fast, x[:, t], past[..., :t, :], directions[:, t]).leaf_losses(tree)[..., 0]
+                        for t in range(x.shape[1])], -1)
+
+
+def fixed_losses(r, context, patterns, x, y):
+    """The same for a few patterns [K, L], each by itself and in float32 -> [K, B, T]"""
+    if context == "sequential":
+        return torch.stack([r.exact(x, pattern, y, reduction="none")[1] for pattern in patterns])
+    past, directions = all_big_past(r, x), r.directions(x, y, "label", 0)
+    routes = patterns[:, None].expand(-1, len(x), -1).to(x.device)
+    return torch.stack([Search(r.exact, x[:, t], past[..., :t, :], directions[:, t]).score(routes)[..., 0]
+                        for t in range(x.shape[1])], -1)
+
+
+def run_baselines(r, context, tokens, train_tokens, bar):
+    """Every pattern of SMALL and BIG on validation text and, to choose the best fixed ones, on training text; a tree
+    shares their work too. -> patterns_<context>.npz"""
     L, T = r.shape.n_layer, r.shape.block_size
+    path, sign = r.folder / f"patterns_{context}.npz", signature(
+        r.checkpoint, r.domains, r.config.seed, "patterns", context, tokens, train_tokens)
     idx, targets, domain = r.windows(tokens)
-    tree = make_tree(r.fast, (SMALL, BIG), (None, None), max(1, r.rows() // (4 * T)))
-    patterns = tree.routes.cpu().numpy()
-    k_of = (patterns == BIG).sum(1)
+    n = -(-train_tokens // T)
+    if is_there(path, r, sign):
+        bar.update((len(idx) + n * len(r.domains)) * T)
+        return
+    while r.rank:  # the first process makes them, the others need them
+        time.sleep(1)
+        if is_there(path, r, sign):
+            return
+    size = 4 if context == "sequential" else 16  # sequences at once; a pattern's states are all T positions of each
+    limit = max(1, r.rows() // (size * T if context == "sequential" else size))
+    tree = make_tree(r.fast, (SMALL, BIG), (None, None), limit)
+    k_of = (tree.routes == BIG).sum(1).cpu().numpy()
     rng = np.random.default_rng(derive_seed(r.config.seed, "hundred"))
     hundred = [rng.permutation((k_of == k).nonzero()[0])[:100] for k in range(L + 1)]
-    stem = r.folder / "parts" / signature(r, "patterns", tokens)
-    n, text = -(-train_tokens // T), {}
-    for d, name in enumerate(r.domains):
-        starts = np.arange(n) * (len(r.corpus.train[name]) - 1 - T) // n
-        text["train", d] = data.to_tensors([r.corpus.train[name][i:i + T + 1] for i in starts])
-        text["val", d] = idx[domain == d], targets[domain == d]
-    paths, means, per_token = [], {}, {}
-    for (part, d), (x, y) in text.items():
+    curve_n = [2 ** i for i in range(math.ceil(math.log2(max(np.bincount(k_of)))) + 1)]
+    weights = [least_of(int((k_of == k).sum()), curve_n).float().to(r.device) for k in range(L + 1)]
+
+    def batches(name, x, y, compute):
+        """compute(x, y) -> arrays with the sequences along axis 1, for all of x, y [n, T] -> the same, joined"""
         pieces = []
-        for first in range(0, len(x), 4):
-            def compute(x=x, y=y, first=first):
-                search = Patterns(r.fast, *(t[first:first + 4].to(r.device) for t in (x, y)))
-                losses = search.leaf_losses(tree)[..., 0].unflatten(1, (-1, T))  # [P, 4, T]
-                best = [losses[torch.from_numpy(ids).to(r.device)].min(0).values.mean(-1) for ids in hundred]
-                return {"means": losses.mean(-1).cpu().numpy(), "per_token": torch.stack(best).cpu().numpy()}
-            bar.set_description(f"baselines, {part}", refresh=False)
-            paths.append(Path(f"{stem}-{part}-{d}-{first}.npz"))
-            pieces.append(kept(paths[-1], compute))
-            bar.update(min(4, len(x) - first) * T)
-        means[part, d] = np.concatenate([piece["means"] for piece in pieces], 1)
-        per_token[part, d] = np.concatenate([piece["per_token"] for piece in pieces], 1)
-    chosen = np.array([[ids[means["train", d][ids].mean(1).argmin()] for ids in
-                        ((k_of == k).nonzero()[0] for k in range(L + 1))] for d in range(len(r.domains))])  # [D, L + 1]
-    fixed = np.zeros((L + 1, *idx.shape), np.float32)
-    for d in range(len(r.domains)):
-        x, y = (t.to(r.device) for t in text["val", d])
-        for k in range(L + 1):
-            pattern = torch.from_numpy(patterns[chosen[d, k]])
-            fixed[k, domain == d] = torch.cat([r.exact(a, pattern, b, reduction="none")[1] for a, b in
-                                               zip(x.split(32), y.split(32), strict=True)]).cpu().numpy()
-    write_npz(r.folder / "patterns.npz", {
-        "patterns": patterns, "means": np.concatenate([means["val", d] for d in range(len(r.domains))], 1),
-        "per_token": np.concatenate([per_token["val", d] for d in range(len(r.domains))], 1), "chosen": chosen,
-        "fixed": fixed, "idx": idx.numpy(), "domain": domain, "domains": np.array(r.domains),
-        "checkpoint": r.checkpoint,
+        for first in range(0, len(x), size):
+            part = [t[first:first + size].to(r.device) for t in (x, y)]
+            r.parts.append(r.folder / "parts" / f"{sign}-{name}-{first}.npz")
+            pieces.append(kept(r.parts[-1], lambda: compute(*part)))
+            bar.update(part[0].numel())
+        return {key: np.concatenate([piece[key] for piece in pieces], 1) for key in pieces[0]}
+
+    chosen, found = [], []
+    for d, name in enumerate(r.domains):
+        bar.set_description(f"baselines, {context}, {name}", refresh=False)
+        text = r.corpus.train[name]
+        x, y = data.to_tensors([text[i:i + T + 1] for i in np.arange(n) * (len(text) - 1 - T) // n])
+        means = batches(f"train{d}", x, y, lambda x, y: {
+            "means": pattern_losses(r, context, tree, x, y).mean(-1).cpu().numpy()})["means"].mean(1)
+        chosen.append([ids[means[ids].argmin()] for ids in ((k_of == k).nonzero()[0] for k in range(L + 1))])
+        patterns = tree.routes[chosen[-1]]
+
+        def compute(x, y, patterns=patterns):
+            losses = pattern_losses(r, context, tree, x, y)  # [P, B, T]
+            best = [losses[torch.from_numpy(ids).to(r.device)].min(0).values.mean(-1) for ids in hundred]
+            curve = []
+            for k in range(L + 1):
+                ordered = losses[torch.from_numpy(k_of == k).to(r.device)].sort(0).values  # [C, B, T]
+                curve.append(torch.einsum("nc,cbt->bn", weights[k], ordered) / T)
+            arrays = {"means": losses.mean(-1), "per_token": torch.stack(best), "curve": torch.stack(curve),
+                      "fixed": fixed_losses(r, context, patterns, x, y)}
+            return {key: value.cpu().numpy() for key, value in arrays.items()}
+        found.append(batches(f"val{d}", idx[domain == d], targets[domain == d], compute))
+    write_npz(path, {key: np.concatenate([part[key] for part in found], 1) for key in found[0]} | {
+        "patterns": tree.routes.cpu().numpy(), "chosen": np.array(chosen), "idx": idx.numpy(), "domain": domain,
+        "domains": np.array(r.domains), "curve_n": np.array(curve_n), "checkpoint": r.checkpoint, "signature": sign,
+        "train_sequences": np.array(n),
         "hundred": np.array([np.pad(ids, (0, 100 - len(ids)), constant_values=-1) for ids in hundred])})
-    for path in paths:
-        path.unlink(missing_ok=True)
+
+
+def least_of(C, sizes):
+    """-> [N, C]: the chance that the i-th smallest of C values is the least of n drawn without replacement,
+    choose(C - i, n - 1) / choose(C, n). Draws of more than C are draws of all."""
+    i = torch.arange(C, dtype=torch.float64)
+    rows = []
+    for n in (min(n, C) for n in sizes):
+        def log_choose(a, b):
+            return torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)
+        enough = C - 1 - i >= n - 1  # at least n - 1 larger ones
+        log_p = log_choose((C - 1 - i).clamp_min(n - 1), n - 1) - log_choose(torch.tensor(float(C)).double(), n)
+        rows.append(torch.where(enough, log_p.exp(), 0))
+    return torch.stack(rows)
 
 
 def run_quality(r, tokens, bar):
@@ -529,10 +554,7 @@ def run_quality(r, tokens, bar):
     for first in range(0, len(idx), 16):
         rows = slice(first, first + 16)
         x, y = idx[rows].to(r.device), targets[rows].to(r.device)
-        cache, directions = KVCache(r.shape, len(x), r.device, torch.float32), r.directions(x, y, "label", first)
-        r.exact(x, BIG, cache=cache)
-        past = torch.stack((cache.k, cache.v))
-        positions = range(4, T, 8)
+        past, directions, positions = all_big_past(r, x), r.directions(x, y, "label", first), range(4, T, 8)
         for t in positions:
             for name, find in variants.items():
                 search = Search(r.exact, x[:, t], past[..., :t, :], directions[:, t])
@@ -543,7 +565,8 @@ def run_quality(r, tokens, bar):
                     losses[name][rows, k] += loss.cpu().numpy() / len(positions)
             bar.update(len(x))
     return [{"search": name, "k": k, "gap": claims.interval(losses[name][:, k] - losses[best][:, k]),
-             "work": flops[name] / flops[best], "loss": losses[name][:, k].mean(), "against": best}
+             "work": flops[name] / flops[best], "loss": losses[name][:, k].mean(), "against": best,
+             "tokens": len(idx) * len(range(4, T, 8)), "asked": tokens}
             for name in variants if name != best for k in range(L + 1)]
 
 
@@ -558,13 +581,17 @@ def check(config):
                           ("criterion", ("label", "expected", "split"))):
         if asked.get(name, options[0]) not in options:
             raise UserError(f"--{name}={asked[name]}: choose from {', '.join(options)}")
+    if (config.width, config.completion) != (OracleConfig.width, OracleConfig.completion) and not asked:
+        raise UserError("--width and --completion: are of --search=dp; give that too, or leave them out")
     if config.completion not in ("early", "small", "big"):
         raise UserError(f"--completion={config.completion}: choose from early, small, big")
     for name, least in (("tokens", 0), ("batch_size", 0), ("width", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
-    job = Job(config.tokens or PLANS[config.preset][0], **asked) if asked else None
+    job = Job(config.tokens or PLANS[config.preset][1][0].tokens, **asked) if asked else None
     if job:
+        if job.search != "dp" and (config.width, config.completion) != (OracleConfig.width, OracleConfig.completion):
+            raise UserError(f"--search={job.search}: --width and --completion are of --search=dp; leave them out")
         if len(set(job.choices)) != len(job.choices) or len(job.choices) < 2 or set(job.choices) - set(LETTERS):
             raise UserError(f"--choices={job.choices}: give two or three of x (SKIP), s (SMALL) and b (BIG), each once")
         if job.search == "greedy" and (len(job.choices) != 2 or "b" not in job.choices):
@@ -583,48 +610,48 @@ def main(argv=None):
     job = check(config)
     r = Run(config)
     L, T = r.shape.n_layer, r.shape.block_size
-    baseline_tokens, train_tokens, jobs, quality_tokens = PLANS[config.preset]
-    if job:
-        jobs, baseline_tokens, quality_tokens = [job], 0, 0
-    else:
-        jobs = [dataclasses.replace(j, tokens=config.tokens or j.tokens) for j in jobs
+    baselines, jobs, quality_tokens = ([], [job], 0) if job else PLANS[config.preset]
+    if not job:  # the plan takes what there is; a --tokens that does not fit is refused by r.windows
+        jobs = [dataclasses.replace(j, tokens=config.tokens or min(j.tokens, r.holds())) for j in jobs
                 if (j.criterion == "label" or r.reference) and (j.search != "exhaustive" or L <= 14)]
-        baseline_tokens = (config.tokens or baseline_tokens) if L <= 14 else 0
+        baselines = [(context, config.tokens or min(tokens, r.holds()), train_tokens)
+                     for context, tokens, train_tokens in baselines if L <= 14]
+        quality_tokens = min(quality_tokens, r.holds() // 8)
+        last = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
+        if last and last[0]["asked"] == quality_tokens:
+            quality_tokens = 0
     total = 0  # tokens times budgets: what the bar counts
     for j in jobs:
         if j.search == "exhaustive" and len(j.choices) ** L > 2 ** 20:
             raise UserError(f"--search=exhaustive: {len(j.choices)}^{L} routes are too many; use --search=dp or greedy")
-        lanes = len(parse_budgets(j.budgets, L, j.choices))
-        total += len(r.windows(j.tokens)[0]) * T * (1 if j.context == "frozen" else lanes)
+        n_budgets = len(parse_budgets(j.budgets, L, j.choices))
+        total += len(r.windows(j.tokens)[0]) * T * (1 if j.context == "frozen" else n_budgets)
+    for _, tokens, train_tokens in baselines:
+        total += (len(r.windows(tokens)[0]) + -(-train_tokens // T) * len(r.domains)) * T
+    total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) if quality_tokens else 0
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, search in {r.fast.compute_dtype}")
     if not job and not r.reference:
         print("no --reference: foresight and hindsight are left out. Make one with `python train.py --train_route=big "
               "--out_dir=out/reference`")
-    patterns_file = r.folder / "patterns.npz"
-    if baseline_tokens:
-        there = claims.load(patterns_file, r.checkpoint)
-        if there and len(there["idx"]) == len(r.windows(baseline_tokens)[0]):
-            baseline_tokens = 0
-        else:
-            total += (-(-baseline_tokens // T) + -(-train_tokens // T)) * T * len(r.domains)
-    quality = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
-    quality_tokens = 0 if quality else quality_tokens
-    total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) if quality_tokens else 0
+    quality = []
     try:
         with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-            if baseline_tokens and r.rank == 0:
-                run_baselines(r, baseline_tokens, train_tokens, bar)
-            while baseline_tokens and not claims.load(patterns_file, r.checkpoint):
-                time.sleep(1)  # the first process makes them
+            for baseline in baselines:
+                run_baselines(r, *baseline, bar)
             for j in jobs:
                 run_job(r, j, bar)
             if quality_tokens and r.rank == 0:
                 quality = run_quality(r, quality_tokens, bar)
     except torch.OutOfMemoryError:
         raise UserError("out of GPU memory: lower --batch_size (sequences in flight)") from None
+    except KeyboardInterrupt:
+        print("interrupted: finished batches are kept; the same command goes on from there", file=sys.stderr)
+        raise
     if r.rank == 0:
+        for path in r.parts:  # all of them are in their files now
+            path.unlink(missing_ok=True)
         about = {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
         print(claims.summary(claims.report(config.out_dir, r.checkpoint, quality, about)))
         print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")

@@ -156,6 +156,13 @@ def controls():
                      for row in report["controls"]["frozen"] if row["domain"] == "all" and 0 < row["k"] < 12])
 
 
+def findings():
+    report = json.loads((HERE / "cpu_oracle.json").read_text())
+    return markdown(["claim", "context", "weakest part", "95% interval", "verdict"],
+                    [[f"{line['id']}: {line['claim']}", line["context"], f"{line['effect']:.3f}",
+                      "{:.3f} to {:.3f}".format(*line["ci"]), line["verdict"]] for line in report["findings"]])
+
+
 def searches():
     """DP and greedy against exhaustive search, over all k."""
     quality, rows = json.loads((HERE / "cpu_oracle.json").read_text())["quality"], []
@@ -173,7 +180,7 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "hindsight-h100": hindsight,
-          "controls-cpu": controls, "searches-cpu": searches}
+          "controls-cpu": controls, "findings-cpu": findings, "searches-cpu": searches}
 
 
 def fill(text):
