@@ -366,6 +366,7 @@ def run_job(r, job, bar):
     sign = signature(r.checkpoint, r.domains, job, (config.width, config.completion) if job.search == "dp" else "",
                      (file_hash(Path(config.reference) / "ckpt.pt"), config.seed) if job.criterion != "label" else "")
     if is_there(r.folder / f"{job.name}.npz", r, sign):
+        r.parts += (r.folder / "parts").glob(f"{sign}-*")  # left where an earlier run broke off
         bar.update(len(idx) * T * (1 if frozen else len(budgets)))
         return
     size = r.sequences(len(choices) ** L if job.search == "exhaustive" else 4096, len(budgets) if frozen else 1)
@@ -468,6 +469,7 @@ def run_baselines(r, context, tokens, train_tokens, bar):
     idx, targets, domain = r.windows(tokens)
     n = -(-train_tokens // T)
     if is_there(path, r, sign):
+        r.parts += (r.folder / "parts").glob(f"{sign}-*")
         bar.update((len(idx) + n * len(r.domains)) * T)
         return
     while r.rank:  # the first process makes them, the others need them
@@ -581,17 +583,17 @@ def check(config):
                           ("criterion", ("label", "expected", "split"))):
         if asked.get(name, options[0]) not in options:
             raise UserError(f"--{name}={asked[name]}: choose from {', '.join(options)}")
-    if (config.width, config.completion) != (OracleConfig.width, OracleConfig.completion) and not asked:
-        raise UserError("--width and --completion: are of --search=dp; give that too, or leave them out")
     if config.completion not in ("early", "small", "big"):
         raise UserError(f"--completion={config.completion}: choose from early, small, big")
     for name, least in (("tokens", 0), ("batch_size", 0), ("width", 1)):
         if getattr(config, name) < least:
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
+    defaults = OracleConfig.width, OracleConfig.completion
+    if asked.get("search") != "dp" and (config.width, config.completion) != defaults:
+        raise UserError(f"--search={asked.get('search', 'exhaustive')}: --width and --completion are of --search=dp; "
+                        "leave them out, or ask for that")
     job = Job(config.tokens or PLANS[config.preset][1][0].tokens, **asked) if asked else None
     if job:
-        if job.search != "dp" and (config.width, config.completion) != (OracleConfig.width, OracleConfig.completion):
-            raise UserError(f"--search={job.search}: --width and --completion are of --search=dp; leave them out")
         if len(set(job.choices)) != len(job.choices) or len(job.choices) < 2 or set(job.choices) - set(LETTERS):
             raise UserError(f"--choices={job.choices}: give two or three of x (SKIP), s (SMALL) and b (BIG), each once")
         if job.search == "greedy" and (len(job.choices) != 2 or "b" not in job.choices):

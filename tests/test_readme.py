@@ -88,7 +88,8 @@ def oracle_numbers():
     return [f"by {one['effect']:.3f} nats ({low:.3f} to {high:.3f})", "best at k = 5 or 6",
             f"gains {interval(gain)[0]:.2f} nats over all-big",
             "At least {:.3f} of that ({:.3f} to {:.3f})".format(*interval(foresight)),
-            f"which itself is {models_apart():.2f} nats better", f"up to {interval(gain - foresight)[0]:.2f} is hindsight"]
+            f"which itself is {models_apart():.2f} nats better",
+            f"up to {interval(gain - foresight)[0]:.2f} is hindsight"]
 
 
 def test_numbers_in_the_text():
