@@ -287,9 +287,9 @@ def report(out_dir, checkpoint, quality, about):
         result["curves"][context] = {k: dict(zip(map(int, arrays["curve_n"]), curve.mean(0).tolist(), strict=True))
                                      for k, curve in enumerate(arrays["curve"])}
         label = files.get(f"sb_{context}_exhaustive", {})
-        expected, split = (next((files[name] for name in sorted(files, key=len)  # all budgets first, then some
-                                 if name.startswith(f"sb_{context}_exhaustive_{kind}")), {})
-                           for kind in ("expected", "split"))
+        expected, split = (max((arrays for name, arrays in files.items()  # of several files that with most budgets
+                                if name.startswith(f"sb_{context}_exhaustive_{kind}")),
+                               key=lambda arrays: len(arrays["labels"]), default={}) for kind in ("expected", "split"))
         if label and expected:
             result["controls"][context] = control_table(label, expected, split, arrays)
     # Sequential, what generation does, where all budgets were searched in that context; else frozen.
