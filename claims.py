@@ -1,4 +1,5 @@
-"""From the oracle's files to its tables: intervals by bootstrap over sequences, and the paper's claims (F1..F10).
+"""From the files of oracle.py and router.py to their tables: intervals by bootstrap over sequences, and the paper's
+claims (F1..F10).
 
 Everything is paired: policies are compared on the same tokens, and a resample draws the same sequences for all of them.
 An estimate is a function of means over sequences; the function gets an array [..., q] of q means, and is applied to the
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common import write_atomic
-from model import BIG, SKIP
+from model import BIG, SKIP, SMALL
 
 RESAMPLES = 2000
 
@@ -97,12 +98,43 @@ def f3(all_big, oracle):
                     "best_k_resampled": np.bincount(best).tolist()}, gain)
 
 
+def f4(router, fixed, oracle):
+    """router, fixed [S, n]: losses per sequence at n rising budgets; oracle [S', 2] at k = 6 and L."""
+    steps = range(router.shape[1] - 1)
+    parts = [interval(losses[:, i] - losses[:, i + 1]) for losses in (router, fixed) for i in steps]
+    turns = interval(oracle[:, 1] - oracle[:, 0])
+    return finding("F4", "fixed and router improve with k, the oracle turns", [*parts, turns],
+                   {"gain_per_step_router_then_fixed": parts, "oracle(L) - oracle(6)": turns})
+
+
+def f5(router, best100, oracle):
+    """{k: losses per sequence [S]} for k = 4, 6, 8, the baselines at the router's achieved budget."""
+    parts = {k: interval(np.stack((router[k], best100[k], oracle[k]), 1),
+                         lambda m: (m[..., 0] - m[..., 2]) - np.abs(m[..., 0] - m[..., 1])) for k in router}
+    return finding("F5", "the router is nearer to best-of-100 than to the oracle", list(parts.values()),
+                   {f"k{k}": part for k, part in parts.items()})
+
+
 def f6(big):
     """big {k: BIG choices per sequence [S, L]} for k = 4, 6, 8."""
     centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
     parts = [above(centre[4], 0.5), above(centre[6], 0.48), below(centre[6], 0.52), below(centre[8], 0.5)]
     return finding("F6", "the oracle: late layers at k=4, even at k=6, early at k=8", parts,
                    {f"centre_of_mass_k{k}": c for k, c in centre.items()})
+
+
+def f7(big):
+    """big {k: BIG choices per sequence [S, L]} for k = 4, 6, 8."""
+    centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
+    return finding("F7", "the router: late layers at every budget", [above(c, 0.5) for c in centre.values()],
+                   {f"centre_of_mass_k{k}": c for k, c in centre.items()})
+
+
+def f8_router(first, last):
+    """{k: mean BIG per token and sequence [S]} in the first and the last quarter of positions, for k = 4, 6."""
+    parts = {k: interval(first[k] - last[k]) for k in first}
+    return finding("F8", "early positions use more BIG (the router)", list(parts.values()),
+                   {f"k{k}": part for k, part in parts.items()})
 
 
 def f8(first, last):
@@ -337,4 +369,210 @@ def summary(result):
     for line in result["findings"]:
         lines.append(f"{line['id']}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
                      f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f})")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# routers
+
+def at_budget(k, base):
+    """Interpolate base [..., L + 1], the values at k = 0..L, at k [...]: what mixing the two neighbours would give; nan
+    below 0 (cheaper than all-small, by SKIPs)."""
+    L = base.shape[-1] - 1
+    k, cheaper = np.clip(k, 0, L), np.asarray(k) < -1e-6
+    low = np.minimum(k.astype(int), L - 1)
+    a, b = (np.take_along_axis(base, (low + i)[..., None], -1)[..., 0] for i in (0, 1))
+    # not a + share * (b - a): where k is whole, a neighbour that is missing (nan) must not matter
+    share = k - low
+    return np.where(cheaper, np.nan, np.where(share == 1, b, np.where(share == 0, a, a + share * (b - a))))
+
+
+def against(loss, spent, base):
+    """loss, spent [S], base [S, L + 1] -> (baseline at the achieved budget), (router - baseline), each with its
+    interval. A resample draws loss, spending and baseline together."""
+    columns = np.column_stack((loss, spent, base))
+    return (interval(columns, lambda m: at_budget(m[..., 1], m[..., 2:])),
+            interval(columns, lambda m: m[..., 0] - at_budget(m[..., 1], m[..., 2:])))
+
+
+def oracle_losses(folder, checkpoint, idx):
+    """-> {"oracle": (losses per sequence [n, L + 1], which of the sequences idx [S, T] they are about)}, its context:
+    the label oracle at every k, sequential where it was searched at all of them. {}, None where there is no such file.
+    """
+    for context in ("sequential", "frozen"):
+        arrays = load(folder / f"sb_{context}_exhaustive.npz", checkpoint)
+        labels = [str(label) for label in arrays["labels"]] if arrays else []
+        ks = [str(k) for k in range(arrays["routes"].shape[-1] + 1)] if arrays else ["none"]
+        rows = shared(arrays, {"idx": idx}) if set(ks) <= set(labels) else None
+        if rows is not None:
+            return {"oracle": (np.stack([arrays["losses"][labels.index(k)].mean(-1) for k in ks], 1), rows)}, context
+    return {}, None
+
+
+def spending(arrays, flops):
+    """What the choices of a router's npz file cost -> [S], as a number of BIG per token: (flops - all-small's) / a
+    BIG's surplus. Without SKIP that is the number of BIG. flops: of all-SMALL and of all-BIG per token."""
+    return (arrays["flops"].mean(-1) - flops[0]) / ((flops[1] - flops[0]) / arrays["routes"].shape[-1])
+
+
+def router_rows(arrays, base, contexts, controls, flops):
+    """One router's npz file -> its objects of routers.json, one for each domain and for all together.
+
+    base: {name: (losses per sequence [n, L + 1], which n of the file's sequences they are about)}; contexts {name: its
+    context}; controls: those of oracle.json. Each baseline is compared on its sequences, at the FLOPs that the router's
+    choices spent (the router's own are in `flops`, not in this)."""
+    notes = json.loads(str(arrays["notes"]))
+    routes, losses = arrays["routes"], arrays["losses"].mean(-1).astype(np.float64)  # [S, T, L], [S]
+    L, rows, spent = routes.shape[-1], [], spending(arrays, flops)
+    big, skip = (routes == BIG).sum(-1), (routes == SKIP).sum(-1)  # [S, T]
+    for name, here in by_domain(arrays):
+        loss, low, high = interval(losses[here])
+        row = {key: notes[key] for key in ("name", "budget", "skip_budget", "choices", "seed", "checkpoint")}
+        row |= {"domain": name, "achieved": float(big[here].mean()), "achieved_skip": float(skip[here].mean()),
+                "equivalent_big": float(spent[here].mean()), "loss": loss, "loss_ci": [low, high],
+                "perplexity": math.exp(loss), "sequences": int(here.sum()),
+                "bits_per_byte": float(arrays["losses"][here].sum() / math.log(2) / arrays["bytes"][here].sum()),
+                "flops": float(arrays["flops"][here].mean()) + notes["router_flops"],
+                "router_flops": notes["router_flops"]}
+        row["versus"], row["compared_on"], row["contexts"] = {}, {}, {}
+        for policy, (values, which) in base.items():
+            if policy == "oracle" and notes["choices"] != "sb":
+                continue  # the oracle over other choices
+            mine = which[here[which]]
+            row[policy], row["versus"][policy] = against(losses[mine], spent[mine], values[here[which]])
+            row["compared_on"][policy], row["contexts"][policy] = len(mine), contexts[policy]
+        row |= {"recovered": None, "foresight": None}
+        if "oracle" in base and notes["choices"] == "sb":
+            (values, which), (fixed, rows_of_fixed) = base["oracle"], base["fixed"]
+            mine = which[here[which]]
+            of = {sequence: i for i, sequence in enumerate(rows_of_fixed)}
+            columns = np.column_stack((losses[mine], spent[mine], fixed[[of[i] for i in mine]], values[here[which]]))
+
+            def recovered(m):  # (fixed - router) / (fixed - oracle)
+                at_fixed = at_budget(m[..., 1], m[..., 2:L + 3])
+                return (at_fixed - m[..., 0]) / (at_fixed - at_budget(m[..., 1], m[..., L + 3:]))
+            row["recovered"] = interval(columns, recovered)
+            row["foresight"] = next((control["foresight"] for control in controls.get(contexts["oracle"], [])
+                                     if control["domain"] == name and control["k"] == notes["budget"]), None)
+        quarters = np.array_split(routes[here] == BIG, 4, axis=1)  # 4 times [S, T / 4, L]
+        row |= {"big_per_token": np.bincount(big[here].ravel(), minlength=L + 1).tolist(),
+                "usage": [[float((routes[here][..., layer] == c).mean()) for c in (SKIP, SMALL, BIG)]
+                          for layer in range(L)],
+                "big_by_quarter": [quarter.mean((0, 1)).tolist() for quarter in quarters]}
+        row |= {key: notes[key] for key in ("calibration", "shift", "steps", "config", "command", "device", "torch")}
+        rows.append(row | {key: notes[key] for key in ("price_nats_per_mflop",) if key in notes})
+    return rows
+
+
+COMPARED = {"F4": ("fixed", "oracle"), "F5": ("best100_data_set", "oracle"), "F7": (), "F8": ()}  # with what
+
+
+def router_claims(name, files, base, flops):
+    """The paper's claims about one kind of router, {SMALL, BIG}, all domains together. files: {(budget, seed): arrays};
+    base: see router_rows -> findings, each from the seeds that have all its budgets, averaged sequence by sequence."""
+    def mean_of(ks, value):
+        """-> {k: mean over those seeds of value(arrays)}, the seeds"""
+        seeds = sorted(seed for seed in {seed for _, seed in files} if all((k, seed) in files for k in ks))
+        return {k: np.mean([value(files[k, seed]) for seed in seeds], 0) for k in ks if seeds}, seeds
+
+    def loss(arrays):
+        return arrays["losses"].mean(-1).astype(np.float64)  # [S]
+    found, by_seed = [], {}
+    for k, seed in files:
+        by_seed[seed] = [*by_seed.get(seed, []), k]
+    budgets, L = sorted(max(by_seed.values(), key=len)), next(iter(files.values()))["routes"].shape[-1]
+    losses, seeds = mean_of(budgets, loss)
+    if len(budgets) > 1 and "oracle" in base and L > 6:
+        fixed, which = base["fixed"]
+        fixed = np.stack([at_budget(np.full(len(fixed), k), fixed) for k in budgets], 1)
+        found.append((seeds, f4(np.stack([losses[k][which] for k in budgets], 1), fixed, base["oracle"][0][:, [6, L]])))
+    losses, seeds = mean_of((4, 6, 8), loss)
+    if losses and "oracle" in base and "best100_data_set" in base:
+        (best100, rows), (oracle, others) = base["best100_data_set"], base["oracle"]
+        common, (spent, _) = np.intersect1d(rows, others), mean_of((4, 6, 8), lambda arrays: spending(arrays, flops))
+
+        def at(values, which):  # per sequence, at the router's mean spending there; k -> [n]
+            values = values[np.searchsorted(which, common)]
+            return {k: at_budget(np.full(len(common), spent[k][common].mean()), values) for k in (4, 6, 8)}
+        found.append((seeds, f5({k: losses[k][common] for k in (4, 6, 8)}, at(best100, rows), at(oracle, others))))
+    big, seeds = mean_of((4, 6, 8), lambda arrays: (arrays["routes"] == BIG).mean(1))  # [S, L]
+    if big:
+        found.append((seeds, f7(big)))
+    per_token, seeds = mean_of((4, 6), lambda arrays: (arrays["routes"] == BIG).sum(-1))  # [S, T]
+    if per_token:
+        quarter = per_token[4].shape[1] // 4
+        found.append((seeds, f8_router({k: n[:, :quarter].mean(1) for k, n in per_token.items()},
+                                       {k: n[:, -quarter:].mean(1) for k, n in per_token.items()})))
+    return [line | {"router": name, "router_seeds": seeds} for seeds, line in found]
+
+
+def without_nan(value):
+    """JSON has no nan: None in its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
+    """Read out_dir/routers/*.npz of this checkpoint and of the windows idx, and write routers.json and
+    router_findings.json -> rows, findings. Rows about other checkpoints, or whose file holds other windows, stay.
+    base, contexts: as in router_rows, but for the oracle; flops: as in spending."""
+    folder, path = Path(out_dir), Path(out_dir) / "routers.json"
+    oracle, context = oracle_losses(folder / "oracle", checkpoint, idx)
+    base, contexts = base | oracle, contexts | dict.fromkeys(oracle, context)
+    controls = last_report(folder, checkpoint).get("controls", {})
+    rows, kinds, found = [], {}, []
+    for file in sorted((folder / "routers").glob("*.npz")):
+        arrays = load(file, checkpoint)
+        if arrays and np.array_equal(arrays["idx"], idx):
+            rows += router_rows(arrays, base, contexts, controls, flops)
+            if rows[-1]["choices"] == "sb":
+                kinds.setdefault(rows[-1]["name"], {})[rows[-1]["budget"], rows[-1]["seed"]] = arrays
+    rows = without_nan(rows)
+
+    def key(row):
+        return tuple(row[part] for part in ("name", "budget", "skip_budget", "choices", "seed", "checkpoint", "domain"))
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = {key(row) for row in rows}
+    write_atomic(path, json.dumps([row for row in old if key(row) not in new] + rows, indent=1).encode())
+    for name, files in kinds.items():
+        found += router_claims(name, files, base, flops)
+    found = without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
+                                 "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
+                         for line in found])
+    write_atomic(folder / "router_findings.json", json.dumps(found, indent=1).encode())
+    return rows, found
+
+
+def router_summary(rows, found):
+    """-> text: the Pareto table, a line for each router, budget and domain, and the findings. Baselines stand as
+    differences: some are known on fewer sequences than the router, and only paired ones can be compared."""
+    def shown(value, form="{:+.4f} ({:+.4f}..{:+.4f})"):
+        return "" if not value or value[0] is None else form.format(*(math.nan if v is None else v for v in value))
+    lines = [f"{'':<67}router minus",
+             f"{'router':<10}{'budget':>7}{'domain':>7}{'seed':>5}{'BIG':>6}{'SKIP':>6}{'loss':>8}{'bits/B':>7}"
+             f"{'MFLOP':>8}   {'random':<9}{'small':<9}{'oracle':<9}{'best of 100':<28}{'fixed':<28}{'all-big':<28}"
+             "recovered"]
+    for row in sorted(rows, key=lambda row: (row["domain"], row["choices"], row["budget"], row["name"], row["seed"])):
+        other = row["versus"]
+        budget = f"{row['budget']:g}" + ("" if row["skip_budget"] is None else f"/{row['skip_budget']:g}")
+        lines.append(f"{row['name']:<10}{budget:>7}{row['domain']:>7}{row['seed']:>5}{row['achieved']:>6.2f}"
+                     f"{row['achieved_skip']:>6.2f}{row['loss']:>8.4f}{row['bits_per_byte']:>7.3f}"
+                     f"{row['flops'] / 1e6:>8.2f}   "
+                     + "".join(f"{shown(other.get(key), '{:+.4f}'):<9}" for key in ("random", "all_small", "oracle"))
+                     + "".join(f"{shown(other.get(key)):<28}" for key in ("best100_data_set", "fixed", "all_big"))
+                     + shown(row["recovered"], "{:.1%} ({:.1%}..{:.1%})"))
+    counts = max((row["compared_on"] for row in rows), key=lambda on: (len(on), on["fixed"]), default={})
+    groups = {"fixed": "for small, fixed and all-big", "random": "for random and best of 100", "oracle": "for oracle"}
+    lines.append("sequences: " + ", ".join(f"{counts[key]} {what}" for key, what in groups.items() if key in counts))
+    frozen = sorted({policy for row in rows for policy, context in row["contexts"].items() if context == "frozen"})
+    if frozen:
+        lines.append(f"of the frozen context (earlier tokens all-BIG), not the routers': {', '.join(frozen)}"
+                     + "; `recovered` takes its oracle from there, the rest is sequential" * ("oracle" in frozen))
+    for line in found:
+        effect, low, high = (math.nan if v is None else v for v in (line["effect"], *line["ci"]))
+        lines.append(f"{line['id']} ({line['router']}): {line['verdict']}. {line['claim']}: {effect:.4f} "
+                     f"({low:.4f}..{high:.4f})")
     return "\n".join(lines)

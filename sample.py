@@ -4,6 +4,7 @@
     python sample.py --route=random                 # BIG or SMALL as in training; the colour shows what each token cost
     python sample.py --route=012121212121           # one pattern for all, a digit per layer: 0 skip, 1 small, 2 big
     python sample.py --compare --prompt="import"    # all-big and all-small side by side
+    python sample.py --router=out/routers/linear_k4_s1.pt   # a trained router decides, token by token
 
 Text goes to stdout as it comes; the last line, with the cost and the speed, goes to stderr.
 """
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 import data
 from common import UserError, arg, find_device, generator, load_run, parse_config, run
 from model import BIG, SMALL, KVCache
+from oracle import file_hash
+from router import load_router
 
 
 @dataclass
@@ -35,6 +38,7 @@ class SampleConfig:
     prompt: str = arg(None, "how the text starts; empty: a new document; left out: words that suit the corpus")
     tokens: int = arg(200, "tokens to write; more than the context holds is fine")
     route: str = arg("big", "big, small, random (with the run's p_big), or a digit per layer: 0 skip, 1 small, 2 big")
+    router: str = arg("", "a file of out_dir/routers/, made by router.py; it decides in place of --route")
     temperature: float = arg(0.8, "below 1 sharpens the distribution, 0 always takes the likeliest token")
     top_k: int = arg(0, "draw among the k likeliest tokens only, 0 for all")
     compare: bool = arg(False, "all-big and all-small side by side, as one batch")
@@ -199,12 +203,16 @@ def main(argv=None):
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
     if config.compare and config.route != "big":
         raise UserError(f"--route={config.route}: --compare shows big and small; leave out one of the two flags")
+    if config.router and (config.compare or config.route != "big"):
+        raise UserError(f"--router={config.router}: decides by itself; leave out --route and --compare")
     device = find_device(config.device)
     model, model_config, checkpoint = load_run(config.out_dir, device)
     trained = checkpoint["train_config"]
     encoding = load_vocabulary(config.out_dir, model_config.vocab_size)
     route_rng, text_rng = (generator("cpu", config.seed, "sample", purpose) for purpose in ("route", "text"))
     route = parse_route(config.route, model_config.n_layer, trained["p_big"], route_rng)
+    if config.router:
+        route, _ = load_router(config.router, file_hash(Path(config.out_dir) / "ckpt.pt"), model_config, device)
     pick = sampler(encoding.n_vocab, config.temperature, config.top_k, text_rng)
     prompt = PROMPTS.get(trained["corpus"], "") if config.prompt is None else config.prompt
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]

@@ -1,0 +1,640 @@
+"""Stage 3: routers. Learn, on the frozen stage-1 model, which choice each token should make in each layer (paper, 3.3).
+
+    python router.py                                     the preset's set for the last run: train, calibrate, evaluate
+    python router.py --name=mlp --budget=4,6             one kind of router, two budgets
+    python router.py --choices=xsb --budget=6/3.6        6 BIG and 3.6 SKIP of 12 layers (50% big, 30% skip)
+    python sample.py --router=out/routers/mlp_k4_s1.pt   text, routed by it
+
+A router reads h, the residual that enters a layer, and gives three logits; the choice is their argmax. An example by
+hand: choices sb, h gives BIG 0.3 and SMALL 0.1, calibration has shifted BIG by -0.5, so the token takes SMALL.
+
+    name       network                   learns by
+    linear     a linear layer per layer  the layer's output is sum_c P_c H_c, P = softmax(logits / tau): the paper's
+    gumbel     the same                  one choice, drawn with Gumbel noise; gradients as if it were soft
+    mlp        a small MLP per layer     the same
+    distilled  the same MLP              oracle labels: how much of the weight exp(-loss / temperature) of random
+                                         routes goes through each choice
+    advantage  the same MLP              predicts how much lower the token's loss is with BIG than with SMALL in this
+                                         layer alone; chooses by that minus a price per FLOP
+
+The first three minimize  CE + alpha (mean over layers P_big - k/L)^2, and the same for SKIP where its share is set; as
+typeset, the paper's tau cancels, so here it divides the logits and goes down. Deviations: (1) h is RMS-normalized, as
+every other input in this model is; (2) biases start at the budget; (3) few steps, small models. Labels come from
+training text: the oracle's own files are about validation text, and a router trained on them would be tested on what
+it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
+
+Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
+no router trained on. On validation text the achieved budget is what it is; baselines are interpolated there.
+
+A router's tokens see the keys and values of its own earlier choices: oracle.py's sequential context. The best fixed
+patterns, all-small and all-big are measured in it, too. Random patterns and the oracle come from oracle.py's files, of
+the sequential context where it has been searched whole, else of the frozen one; the output says of which (`contexts`).
+
+Files: out_dir/routers/<name>_k<k>_s<seed>.pt, a router and all that resuming needs; the same .npz, its evaluation: idx,
+targets, losses [S, T]; routes [S, T, L] uint8; domain [S]. out_dir/routers.json: one object for each router, budget and
+domain; out_dir/router_findings.json: the paper's claims about routers (both made by claims.py).
+"""
+import dataclasses
+import difflib
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import claims
+import data
+from common import (
+    UserError,
+    arg,
+    derive_seed,
+    generator,
+    load_checkpoint,
+    parse_config,
+    run,
+    save_checkpoint,
+)
+from model import BIG, SKIP, SMALL, KVCache
+from oracle import LETTERS, OracleConfig, Run, kept, signature, write_npz
+from search import Search
+
+NAMES = ("linear", "gumbel", "mlp", "distilled", "advantage")
+GAIN_UNIT = 0.1  # nats per unit of the advantage router's logits
+
+
+@dataclass
+class RouterConfig:
+    out_dir: str = arg("out", "folder of the run; its ckpt.pt is read, routers/ and routers.json are written")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = arg(1, "seeds init, data order, Gumbel noise and random routes, each a stream of its own")
+    preset: str = arg("auto", "the set that is trained when no --name or --budget is given: cpu, gpu or debug")
+    name: str = arg("", f"which routers, comma separated: {', '.join(NAMES)}")
+    budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/3.6")
+    choices: str = arg("sb", "sb, xsb or xb: letters of x (SKIP), s (SMALL), b (BIG)")
+    data_dir: str = arg("data", "where prepared corpora are kept")
+    # training
+    steps: int = arg(1500, "optimizer steps of each router")
+    batch_size: int = arg(64, "sequences per step")
+    learning_rate: float = arg(1e-2, "peak; linear warm-up, then a cosine down to 0")
+    warmup_steps: int = arg(20, "linear warm-up")
+    weight_decay: float = arg(0.01, "on the routers' matrices")
+    tau_start: float = arg(1.0, "temperature of P at the first step")
+    tau_end: float = arg(0.1, "and at the last; exponential in between")
+    alpha_start: float = arg(3.0, "weight of the budget loss at the first step")
+    alpha_end: float = arg(30.0, "and at the last; exponential in between")
+    per_token: bool = arg(False, "the budget loss is taken per token, not per sequence (the paper's)")
+    hidden: int = arg(64, "width of the MLPs")
+    label_positions: int = arg(4, "distilled, advantage: positions of each sequence that are labelled per step")
+    label_routes: int = arg(64, "distilled: random routes tried per label")
+    label_temperature: float = arg(1.0, "distilled: nats; the lower, the more the best of the routes tried counts")
+    save_interval: int = arg(100, "steps between checkpoints")
+    # calibration and evaluation
+    calibration_tokens: int = arg(32768, "per domain, of training text that no router trains on")
+    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned. With a multiple "
+                      "of oracle.py's number its windows are among these, and comparisons are paired")
+
+
+PRESETS = {
+    "gpu": {},
+    "cpu": {"steps": 200, "batch_size": 8, "calibration_tokens": 1024, "label_positions": 8, "warmup_steps": 5,
+            "hidden": 32, "save_interval": 50},
+    "debug": {"steps": 4, "batch_size": 4, "calibration_tokens": 128, "label_positions": 2, "label_routes": 8,
+              "warmup_steps": 1, "hidden": 8, "save_interval": 2},
+}
+SETS = {  # what `python router.py` trains: {name: budgets}
+    "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),
+    "cpu": {"linear": "4,6,8", "advantage": "4,6"},
+    "debug": dict.fromkeys(NAMES, "1"),
+}
+TOKENS = {"gpu": 131072, "cpu": 8192, "debug": 64}  # --tokens, as planned; a corpus that holds less is taken whole
+FREE = {"out_dir", "device", "preset", "name", "budget", "data_dir", "save_interval", "tokens"}  # may change on resume
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the routers
+
+class Router(nn.Module):
+    """`logits [B, T, 3], state = router(layer, h, state, seq)`, h [B, T, d] the residual that enters the layer. All
+    five kinds are this: hidden=0 is a linear layer per layer. choices: letters; others get the logit -inf. share:
+    (SKIP, SMALL, BIG), where the biases start."""
+
+    def __init__(self, shape, hidden, choices, share, rng):
+        super().__init__()
+        L, d = shape.n_layer, shape.n_embd
+        self.hidden, self.choices = hidden, choices
+        if hidden:
+            self.w_in = nn.Parameter(torch.randn(L, d, hidden, generator=rng) / math.sqrt(d))
+            self.b_in = nn.Parameter(torch.zeros(L, hidden))
+        self.w_out = nn.Parameter(torch.zeros(L, hidden or d, 3))  # zeros: at first all tokens are alike
+        self.b_out = nn.Parameter(torch.tensor(share).clamp_min(0.01).log().repeat(L, 1))
+        self.register_buffer("shift", torch.zeros(3))  # the calibration's
+        self.register_buffer("missing", torch.tensor([c not in [LETTERS[x] for x in choices] for c in range(3)]))
+
+    def forward(self, layer, h, state=None, seq=None):
+        z = F.rms_norm(h.to(self.w_out.dtype), h.shape[-1:], eps=1e-5)  # [B, T, d]
+        if self.hidden:
+            z = F.gelu(z @ self.w_in[layer] + self.b_in[layer])  # [B, T, hidden]
+        logits = z @ self.w_out[layer] + self.b_out[layer] + self.shift
+        return logits.masked_fill(self.missing, -math.inf), state
+
+    def flops(self):
+        """FLOPs per token of all layers' decisions, counted as model.flops counts."""
+        L, n_in, n_out = self.w_out.shape
+        return 2 * L * (n_in * n_out + (self.w_in.shape[1] * n_in if self.hidden else 0))
+
+
+def shares(n_layer, choices, n_big, n_skip):
+    """-> (SKIP, SMALL, BIG): the shares that the budget asks for; what it leaves open is divided evenly."""
+    big = n_big / n_layer
+    if "s" not in choices:
+        return 1 - big, 0.0, big
+    skip = 0.0 if "x" not in choices else (1 - big) / 2 if n_skip is None else n_skip / n_layer
+    return skip, max(0.0, 1 - big - skip), big
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# three ways to learn
+
+def soft_gate(logits, tau):
+    """-> weights of the mix [B, T, 3], shares for the budget loss: P = softmax(logits / tau), both."""
+    p = (logits / tau).softmax(-1)
+    return p, p
+
+
+def gumbel_gate(logits, tau, rng):
+    """Straight-through: forward one choice, argmax(logits + g) with g ~ Gumbel, whose probabilities are exactly
+    softmax(logits), so the budget loss takes these; backward the gradient of softmax((logits + g) / tau)."""
+    g = -torch.empty_like(logits).exponential_(generator=rng).log()
+    soft = ((logits + g) / tau).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), 3).to(soft)
+    return soft + (hard - soft).detach(), logits.softmax(-1)
+
+
+def mixed_forward(model, router, idx, targets, gate):
+    """Both FFNs for all tokens, mixed, so that gradients reach the router through the frozen model.
+
+        x_l+1 = sum_c P_c H_c,    H_SKIP = x, H_SMALL = y + small(y), H_BIG = y + big(y), y = x + attention(x)
+
+    idx, targets [B, T]; gate: logits [B, T, 3] -> (P, shares) -> losses [B, T] in nats, shares [B, T, L, 3]
+    """
+    position = (model.cos[:, :idx.shape[1]], model.sin[:, :idx.shape[1]])
+    x, state, seq, asked = model.embedding(idx).to(model.compute_dtype), None, {"idx": idx}, []
+    for layer, block in enumerate(model.blocks):
+        logits, state = router(layer, x, state, seq)
+        p, share = gate(logits)
+        asked.append(share)
+        p_skip, p_small, p_big = p.to(x.dtype).split(1, -1)  # [B, T, 1] each
+        q, k, v = block.qkv(block.attention_norm(x)).chunk(3, -1)
+        y = x + block.out(block.attend(q, k, v, *position, None, layer))
+        h = block.ffn_norm(y)
+        x = p_skip * x + (p_small + p_big) * y + p_small * block.small(h) + p_big * block.big(h)
+    logits = F.linear(model.final_norm(x), model.embedding.weight.to(x.dtype)).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return losses, torch.stack(asked, 2)
+
+
+def budget_loss(share, wanted, per_token=False):
+    """mean over sequences of (mean over layers and tokens of P_c - wanted share of c)^2; per_token: over tokens of
+    (mean over layers ...)^2. share [B, T, L, 3]; wanted {choice: share}"""
+    mean = share.mean(2) if per_token else share.mean((1, 2))  # [B, T, 3] or [B, 3]
+    return sum(((mean[..., choice] - target) ** 2).mean() for choice, target in wanted.items())
+
+
+def labels(model, idx, targets, share, choices, positions, n_routes, temperature, rng):
+    """What would this token's loss be with choice c in layer l? Each token stands on a random route (drawn by `share`),
+    and so do the tokens before it.
+
+    -> h, L times [B, n, d], entering each layer along that route, at n positions; gain [B, n, L, 3]: how much lower
+    than with the cheapest choice the loss is when only layer l changes, nats; weight [B, n, L, 3]: the share of
+    exp(-loss / temperature) that goes through c, over n_routes more random routes. (Of the two, one is asked for:
+    n_routes=0 gives the gain.)
+    """
+    (B, T), L = idx.shape, len(model.blocks)
+    letters = sorted(LETTERS[c] for c in choices)
+    share = torch.tensor(share, device=idx.device)
+
+    def draw(*shape):
+        return torch.multinomial(share, math.prod(shape), replacement=True, generator=rng).view(shape)
+    route, entering = draw(B, T, L), []
+
+    def follow(layer, h, state, seq):
+        entering.append(h)
+        return F.one_hot(route[..., layer], 3).float(), state
+    cache = KVCache(model.config, B, idx.device, model.compute_dtype)
+    model(idx, follow, cache=cache)
+    past, found = torch.stack((cache.k, cache.v)), []
+    where = torch.rand(T, generator=rng, device=idx.device).argsort()[:positions].sort().values
+    for t in where.tolist():
+        search = Search(model, idx[:, t], past[..., :t, :], model.embedding.weight[targets[:, t]].float().unsqueeze(1))
+        if n_routes:
+            routes = draw(n_routes, B, L)
+            weight = (-search.score(routes)[..., -1] / temperature).softmax(0)  # [n_routes, B]
+            found.append(torch.einsum("nb,nblc->blc", weight, F.one_hot(routes, 3).float()))
+        else:
+            routes = route[:, t].repeat(L, len(letters), 1, 1)  # [L, C, B, L]
+            for layer in range(L):
+                for i, choice in enumerate(letters):
+                    routes[layer, i, :, layer] = choice
+            losses = search.score(routes.flatten(0, 1))[..., -1].view(L, -1, B)  # [L, C, B]
+            gain = torch.zeros(B, L, 3, device=idx.device)
+            gain[..., letters] = (losses[:, :1] - losses).permute(2, 0, 1)
+            found.append(gain)
+    return [h[:, where] for h in entering], torch.stack(found, 1)
+
+
+def label_loss(router, name, h, target):
+    """distilled: the cross-entropy of P and the oracle's weights. advantage: the squared error of the predicted gain
+    over the cheapest choice (squared: a label's gain is mostly noise, and it is its expectation that is wanted)."""
+    logits = torch.stack([router(layer, x)[0] for layer, x in enumerate(h)], 2)  # [B, n, L, 3]
+    here = ~router.missing
+    logits, target = logits[..., here], target[..., here]
+    if name == "distilled":
+        return -(target * logits.log_softmax(-1)).sum(-1).mean()
+    return ((logits - logits[..., :1] - target / GAIN_UNIT)[..., 1:] ** 2).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: what is trained on, and what is kept for calibration
+
+def calibration_starts(corpus, tokens, T, seed):
+    """-> {domain: starts}: evenly spaced windows of training text, from a place that the seed draws."""
+    starts = {}
+    for domain in corpus.domains:
+        length = len(corpus.train[domain]) - T - 1
+        n = max(1, min(-(-tokens // T), length // (4 * T)))  # at most a quarter of the text
+        offset = derive_seed(seed, "calibration", domain) % max(1, length // n)
+        starts[domain] = np.arange(n) * (length // n) + offset
+    return starts
+
+
+def training_batch(corpus, batch_size, T, reserved, seed):
+    """-> x, y [B, T]: windows drawn as train.py draws them; those that touch a reserved one are drawn again."""
+    windows, attempt = [], 0
+    while len(windows) < batch_size:
+        for d, start in zip(*data.window_starts(corpus, batch_size, T, derive_seed(seed, attempt)), strict=True):
+            domain = corpus.domains[d]
+            if np.abs(reserved[domain] - start).min() > T and len(windows) < batch_size:
+                windows.append(corpus.train[domain][start:start + T + 1])
+        attempt += 1
+    return data.to_tensors(windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+def schedule(config, step):
+    """-> learning rate, tau, alpha at this step."""
+    done = step / max(1, config.steps - 1)
+    rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return (rate * min(1, (step + 1) / max(1, config.warmup_steps)),
+            config.tau_start * (config.tau_end / config.tau_start) ** done,
+            config.alpha_start * (config.alpha_end / config.alpha_start) ** done)
+
+
+def step_loss(model, router, config, name, budget, x, y, step):
+    """The loss of one step -> loss, and its parts by name. Each step's noise has a seed of its own."""
+    n_big, n_skip = budget
+    L = len(model.blocks)
+    _, tau, alpha = schedule(config, step)
+    rng = generator(x.device, config.seed, "router", "noise", step)
+    if name in ("distilled", "advantage"):
+        with torch.no_grad():
+            h, target = labels(model, x, y, shares(L, config.choices, n_big, n_skip), config.choices,
+                               config.label_positions, config.label_routes if name == "distilled" else 0,
+                               config.label_temperature, rng)
+        loss = label_loss(router, name, h, target)
+        return loss, {"loss": loss}
+    gate = (lambda z: soft_gate(z, tau)) if name == "linear" else (lambda z: gumbel_gate(z, tau, rng))
+    losses, share = mixed_forward(model, router, x, y, gate)
+    wanted = {BIG: n_big / L} | ({SKIP: n_skip / L} if n_skip is not None else {})
+    budget_part = budget_loss(share, wanted, config.per_token)
+    return losses.mean() + alpha * budget_part, {"loss": losses.mean(), "BIG": share[..., BIG].mean() * L}
+
+
+def stem(name, budget, choices, seed):
+    """The file name of a router, without its ending: mlp_k4_s1, mlp_k6_x3.6_s1_xsb"""
+    n_big, n_skip = budget
+    skip = "" if n_skip is None else f"_x{n_skip:g}"
+    return f"{name}_k{n_big:g}{skip}_s{seed}{'' if choices == 'sb' else f'_{choices}'}"
+
+
+def new_router(shape, config, name, budget):
+    hidden = 0 if name in ("linear", "gumbel") else config.hidden
+    return Router(shape, hidden, config.choices, shares(shape.n_layer, config.choices, *budget),
+                  generator("cpu", config.seed, "router", "init"))
+
+
+def read_router(path, checkpoint, device):
+    """-> the file's dict. Raises UserError for a file that is no router, or one of another checkpoint (a hash)."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no router here; make one with `python router.py --name=mlp --budget=4`, or see the "
+                        "folder routers/ of the run")
+    saved = load_checkpoint(path, device)
+    if "router" not in saved:
+        raise UserError(f"{path}: is no router file; give one of the folder routers/ of the run")
+    if saved["checkpoint"] != checkpoint:
+        raise UserError(f"{path}: was trained on checkpoint {saved['checkpoint']}, but this run's ckpt.pt is "
+                        f"{checkpoint}; train it again (move the file away first), or give the run it belongs to")
+    return saved
+
+
+def load_router(path, checkpoint, shape, device):
+    """A routers/*.pt file -> the Router, ready to choose (eval mode, no gradients), and the rest of the file."""
+    saved = read_router(path, checkpoint, device)
+    if "calibration" not in saved:
+        raise UserError(f"{path}: is not finished, step {saved['step']} of {saved['config']['steps']}, not calibrated; "
+                        "the router.py command that began it goes on")
+    config = RouterConfig(**saved["config"])
+    router = new_router(shape, config, saved["name"], saved["budget"])
+    router.load_state_dict(saved["router"])
+    return router.to(device).eval().requires_grad_(False), saved
+
+
+def train_router(model, config, name, budget, batch, path, checkpoint, bar=None):
+    """Train one router, from its file where there is one -> the Router, or None where it was interrupted (and saved).
+
+    batch: step -> x, y [B, T]; checkpoint: the hash of the base's file. The base stays as it is.
+    """
+    device = model.cos.device
+    model.requires_grad_(False)
+    router = new_router(model.config, config, name, budget).to(device)
+    decayed = [p for key, p in router.named_parameters() if key.startswith("w")]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
+                                   {"params": [router.b_out], "weight_decay": 0.0}], lr=config.learning_rate)
+    if router.hidden:
+        optimizer.param_groups[1]["params"].append(router.b_in)
+    step, mine = 0, {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    if path.exists():
+        saved = read_router(path, checkpoint, device)
+        for key, value in mine.items():
+            if saved["config"].get(key) != value:
+                raise UserError(f"{path}: was trained with --{key}={saved['config'].get(key)}, not {value}; give the "
+                                "same value, or move the file away to train anew")
+        router.load_state_dict(saved["router"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+
+    def save():
+        save_checkpoint(path, {"router": router.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                               "name": name, "budget": budget, "config": dataclasses.asdict(config),
+                               "checkpoint": checkpoint})
+    stop = []  # the first signal saves and leaves, a second one ends at once
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    if bar is not None:
+        bar.update(step)
+    try:
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(config, step)[0]
+            loss, parts = step_loss(model, router, config, name, budget, *batch(step), step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if bar is not None:
+                bar.update()
+            saving = step % config.save_interval == 0 or step == config.steps or bool(stop)
+            if step % 10 == 0 or saving:
+                values = {key: value.item() for key, value in parts.items()}  # waits for the device
+                if not math.isfinite(values["loss"]):
+                    raise UserError(f"{path.stem}: loss is {values['loss']} at step {step}: lower --learning_rate "
+                                    f"(now {config.learning_rate})")
+                if bar is not None:
+                    bar.set_postfix_str(f"{path.stem} " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()),
+                                        refresh=False)
+            if saving:
+                save()
+            if stop:
+                break
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return None if stop else router.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# calibration and evaluation: hard choices
+
+@torch.no_grad()
+def choose(model, router, idx, targets=None):
+    """Hard choices over whole sequences -> route [S, T, L] uint8 and losses [S, T] (None without targets)"""
+    routes, losses = [], []
+    for i in range(0, len(idx), 32):
+        rows = slice(i, i + 32)
+        _, loss, stats = model(idx[rows], router, None if targets is None else targets[rows], reduction="none",
+                               return_stats=True)
+        routes.append(stats["route"])
+        losses.append(loss)
+    return torch.cat(routes), None if targets is None else torch.cat(losses)
+
+
+def calibrate(model, router, idx, budget, tolerance=0.02):
+    """Shift the logit of BIG, and of SKIP where its share is set, until hard choices on idx [S, T] meet the budget, by
+    bisection -> {"big", "skip"}: what is achieved there, per token."""
+    n_big, n_skip = budget
+    wanted = {BIG: n_big} | ({SKIP: n_skip} if n_skip is not None and router.choices == "xsb" else {})
+
+    def achieved(choice):
+        return (choose(model, router, idx)[0] == choice).sum(-1).float().mean().item()
+
+    def bisect(choice, target):
+        def gap(shift):
+            router.shift[choice] = shift
+            return achieved(choice) - target
+        middle, width = router.shift[choice].item(), 1.0
+        miss = gap(middle)
+        # A bracket: growing steps towards the target, until one passes it (or none could).
+        low = high = middle
+        while abs(miss) > tolerance and width < 1e5:
+            step = -width if miss > 0 else width
+            before, miss_before, middle = middle, miss, middle + step
+            low, high, miss = min(before, middle), max(before, middle), gap(middle)
+            if (miss > 0) != (miss_before > 0):
+                break
+            width *= 2
+        for _ in range(40):
+            if abs(miss) <= tolerance:
+                return
+            middle = (low + high) / 2
+            miss = gap(middle)
+            low, high = (low, middle) if miss > 0 else (middle, high)
+
+    for _ in range(8 if len(wanted) > 1 else 1):  # each shift moves the other's share too
+        for choice, target in wanted.items():
+            bisect(choice, target)
+        if len(wanted) > 1 and abs(achieved(BIG) - n_big) <= tolerance:
+            break
+    return {"big": achieved(BIG), "skip": achieved(SKIP)}
+
+
+def load_patterns(r):
+    """-> oracle.py's baselines, sequential where there are any, else frozen, and their context; {}, None without"""
+    for context in ("sequential", "frozen"):
+        patterns = claims.load(r.folder / f"patterns_{context}.npz", r.checkpoint)
+        if patterns:
+            return patterns, context
+    return {}, None
+
+
+def baselines(r, windows, patterns, context):
+    """What routers are compared with -> {policy: (losses per sequence [n, L + 1], which n of the windows)}, and
+    {policy: context}. Those of the patterns file are on its own windows and in its context; the best fixed patterns
+    (chosen on training text in that context), all-small and all-big are on all windows and sequential."""
+    (idx, targets, domain), L = windows, r.shape.n_layer
+    where = claims.shared(patterns, {"idx": idx.numpy()}) if patterns else None
+    found = {} if where is None else {policy: (losses.T, where) for policy, losses in
+                                      claims.baseline_losses(patterns).items()}
+    contexts = dict.fromkeys(found, context) | dict.fromkeys(("fixed", "all_small", "all_big"), "sequential")
+    if where is None or len(where) < len(idx) or context == "frozen":
+        ks = range(L + 1) if patterns else (0, L)  # all-small and all-big need no file
+
+        def compute():
+            fixed = np.full((len(idx), L + 1), np.nan)
+            for d in range(len(r.domains)):
+                for rows in torch.from_numpy((domain == d).nonzero()[0]).split(32):
+                    x, y = idx[rows].to(r.device), targets[rows].to(r.device)
+                    for k in tqdm(ks, desc="fixed patterns", leave=False, mininterval=5):
+                        pattern = [SMALL, BIG][k == L] if k in (0, L) else torch.from_numpy(
+                            patterns["patterns"][patterns["chosen"][d, k]])
+                        fixed[rows, k] = r.exact(x, pattern, y, reduction="none")[1].mean(-1).double().cpu().numpy()
+            return {"fixed": fixed}
+        name = signature(r.checkpoint, r.domains, "fixed", len(idx), patterns["chosen"].tolist() if patterns else "")
+        with torch.no_grad():
+            found["fixed"] = kept(r.folder / "parts" / f"{name}-fixed.npz", compute)["fixed"], np.arange(len(idx))
+    fixed, rows = found["fixed"]
+    ends = {"all_small": fixed[:, :1], "all_big": fixed[:, -1:]}
+    return found | {policy: (losses.repeat(L + 1, 1), rows) for policy, losses in ends.items()}, contexts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command
+
+def parse_budgets(text, n_layer, choices):
+    """--budget -> list of (n_big, n_skip), n_skip None where it is free. Raises UserError."""
+    budgets = []
+    for part in text.split(","):
+        big, slash, skip = part.partition("/")
+        try:
+            n_big, n_skip = float(big), float(skip) if slash else None
+        except ValueError:
+            raise UserError(f"--budget={part}: give BIG choices per token, say 4, or 6/3.6 with a SKIP share; comma "
+                            "separated") from None
+        if not (0 <= n_big <= n_layer and 0 <= (n_skip or 0) <= n_layer - n_big):
+            raise UserError(f"--budget={part}: must lie in 0..{n_layer}, the layers of this run")
+        if n_skip is not None and "x" not in choices:
+            raise UserError(f"--budget={part}: a SKIP share needs --choices=xsb")
+        if choices == "xb" and n_skip not in (None, n_layer - n_big):
+            raise UserError(f"--budget={part}: with --choices=xb all that is not BIG is SKIP; leave out /{skip}")
+        budgets.append((n_big, None if choices == "xb" else n_skip))
+    return budgets
+
+
+def check(config):
+    """Raise UserError for values that cannot work, before anything is loaded -> {name: budgets}, what is asked for."""
+    for name in ("steps", "batch_size", "learning_rate", "tau_start", "tau_end", "alpha_start", "alpha_end", "hidden",
+                 "label_positions", "label_routes", "label_temperature", "save_interval", "calibration_tokens"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name}={getattr(config, name)}: must be above 0, and finite")
+    for name in ("warmup_steps", "weight_decay", "tokens"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name}={getattr(config, name)}: must be 0 or above, and finite")
+    if config.choices not in ("sb", "xsb", "xb"):
+        raise UserError(f"--choices={config.choices}: choose from sb, xsb, xb: x is SKIP, s SMALL, b BIG")
+    names = config.name.split(",") if config.name else list(SETS[config.preset])
+    for name in names:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(NAMES)}"
+            raise UserError(f"--name={name}: no such router; {hint}")
+    return {name: config.budget or SETS[config.preset].get(name, SETS[config.preset]["linear"]) for name in names}
+
+
+def evaluate(r, router, config, name, budget, calibration, windows):
+    """Hard choices on validation text -> the arrays of its npz file."""
+    idx, targets, domain = windows
+    start = time.time()
+    routes, losses = choose(r.exact, router, idx.to(r.device), targets.to(r.device))
+    n_big, n_skip = budget
+    trained = {key: getattr(config, key) for key in ("steps", "batch_size", "learning_rate", "tau_start", "tau_end",
+                                                     "alpha_start", "alpha_end", "per_token", "hidden")}
+    notes = {"name": name, "budget": n_big, "skip_budget": n_skip, "choices": config.choices, "seed": config.seed,
+             "checkpoint": r.checkpoint, "steps": config.steps, "calibration": calibration,
+             "shift": router.shift.tolist(), "router_flops": router.flops(), "config": trained,
+             "command": "python router.py " + " ".join(sys.argv[1:]), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu",
+             "seconds_evaluating": time.time() - start}
+    if name == "advantage":  # the shift is the price: nats that a FLOP has to gain
+        flops = r.exact.flops(BIG) - r.exact.flops(SMALL if "s" in config.choices else SKIP)
+        notes["price_nats_per_mflop"] = (-router.shift[BIG].item() * GAIN_UNIT
+                                         / (flops / r.shape.n_layer / 1e6))
+    return {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
+            "routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "checkpoint": r.checkpoint,
+            "flops": r.exact.flops(routes, r.shape.block_size).cpu().numpy(),
+            "bytes": r.corpus.token_bytes[targets.numpy()].sum(-1), "notes": json.dumps(notes)}
+
+
+def main(argv=None):
+    config = parse_config(RouterConfig, argv, PRESETS)
+    asked = check(config)
+    r = Run(OracleConfig(out_dir=config.out_dir, device=config.device, seed=config.seed, preset=config.preset,
+                         data_dir=config.data_dir))
+    L, T = r.shape.n_layer, r.shape.block_size
+    jobs = [(name, budget) for name, text in asked.items() for budget in parse_budgets(text, L, config.choices)]
+    patterns, context = load_patterns(r)
+    windows = r.windows(config.tokens or min(TOKENS[config.preset], r.holds()))
+    print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
+          f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
+          f"sequences of {T}")
+    if not patterns:
+        print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
+    folder = Path(config.out_dir) / "routers"
+    folder.mkdir(exist_ok=True)
+    reserved = calibration_starts(r.corpus, config.calibration_tokens, T, config.seed)
+    calibration, _ = data.to_tensors([r.corpus.train[domain][i:i + T + 1] for domain in r.corpus.domains
+                                      for i in reserved[domain]])
+
+    def batch(step):
+        seed = derive_seed(config.seed, "router", "data", step)
+        return [t.to(r.device) for t in training_batch(r.corpus, config.batch_size, T, reserved, seed)]
+    with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
+              mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+        for name, budget in jobs:
+            path = folder / f"{stem(name, budget, config.choices, config.seed)}.pt"
+            try:
+                router = train_router(r.fast, config, name, budget, batch, path, r.checkpoint, bar)
+            except torch.OutOfMemoryError:
+                raise UserError("out of GPU memory: lower --batch_size (sequences per step)") from None
+            if router is None:
+                bar.close()
+                print(f"interrupted: {path} is saved; the same command goes on")
+                return 130
+            saved = load_checkpoint(path, r.device)
+            if "calibration" not in saved:
+                saved["calibration"] = calibrate(r.exact, router, calibration.to(r.device), budget)
+                saved["router"] = router.state_dict()
+                save_checkpoint(path, saved)
+            off = abs(saved["calibration"]["big"] - budget[0])
+            if off > 0.05:
+                bar.write(f"{path.stem}: calibration ended {off:.2f} layers off its budget; its choices are too alike")
+            arrays = evaluate(r, router, config, name, budget, saved["calibration"], windows)
+            write_npz(path.with_suffix(".npz"), arrays)
+    ends = r.exact.flops(SMALL), r.exact.flops(BIG)
+    rows, found = claims.router_report(config.out_dir, r.checkpoint, windows[0].numpy(),
+                                       *baselines(r, windows, patterns, context), ends,
+                                       r.rest["train_config"]["seed"])
+    print(claims.router_summary(rows, found))
+    print(f"done: {config.out_dir}/routers.json, router_findings.json and {folder}/")
+
+
+if __name__ == "__main__":
+    run(main)
