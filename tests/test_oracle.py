@@ -371,7 +371,7 @@ def test_split_labels_follow_the_reference(here, unwritten, tmp_path):
     r = unwritten(fresh(here, tmp_path / "out"), reference=here / "reference")
     idx, y, _ = r.windows(16)
     p = slow(here / "reference")(idx[:1], BIG)[0][0].softmax(-1)  # [T, V]
-    n = 1024
+    n = 512
     labels = drawn(r, idx[:1].repeat(n, 1), y[:1].repeat(n, 1))
     share = torch.stack([(labels == v).float().mean(0) for v in range(p.shape[1])], 1)
     error = (share - p) / (p * (1 - p) / n).sqrt().clamp_min(1 / n)
@@ -424,7 +424,7 @@ def known(here, tmp_path, monkeypatch):
         for context, tokens, some in (("frozen", n, budgets), ("sequential", n // 2, "2")):
             jobs += [oracle.Job(tokens, context), oracle.Job(tokens, context, budgets=some, criterion="expected"),
                      oracle.Job(tokens, context, budgets=some, criterion="split")]
-        monkeypatch.setitem(oracle.PLANS, "debug", ([("frozen", n, n), ("sequential", n, n)], jobs, 0))
+        monkeypatch.setitem(oracle.PLANS, "debug", ([("frozen", n, n), ("sequential", n // 2, n // 4)], jobs, 0))
         options = flags(here, tmp_path / "out", reference=tmp_path / "truth", tokens=0, batch_size=64)
         quiet(oracle.main, options)
 
@@ -524,14 +524,13 @@ def test_planted_route_is_found(known):
 # ---------------------------------------------------------------------------------------------------------------------
 # baselines
 
-def pattern_losses(model, context, pattern, idx, y):
-    """Plain forwards of texts [S, T] -> losses [S, T] of a pattern that all tokens take, or one after all-BIG ones"""
-    idx, y, pattern = torch.as_tensor(idx), torch.as_tensor(y), torch.as_tensor(pattern).long()
+def pattern_losses(model, context, patterns, idx, y):
+    """Plain forwards of texts [S, T] -> losses [P, S, T] of patterns that all tokens take, or one after all-BIG ones"""
+    idx, y, patterns = torch.as_tensor(idx), torch.as_tensor(y), torch.as_tensor(patterns).long()
     if context == "sequential":
-        return model(idx, pattern, y, reduction="none")[1].numpy()
-    history = torch.full((*idx.shape, len(pattern)), BIG)
-    return np.stack([loss_on(log_p(model, idx, history, t, pattern[None]), y[:, t])[0].numpy()
-                     for t in range(idx.shape[1])], 1)
+        return np.stack([model(idx, pattern, y, reduction="none")[1].numpy() for pattern in patterns])
+    history = torch.full((*idx.shape, patterns.shape[1]), BIG)
+    return np.stack([loss_on(log_p(model, idx, history, t, patterns), y[:, t]).numpy() for t in range(idx.shape[1])], 2)
 
 
 @pytest.mark.parametrize("context", ["sequential", "frozen"])
@@ -547,13 +546,12 @@ def test_patterns(context, plan, here):
     for d, name in enumerate(corpus.domains):
         rows, (idx, y) = found["domain"] == d, data.eval_windows(corpus, name, 4, T)
         assert (found["idx"][rows] == idx.numpy()).all()
-        losses = np.stack([pattern_losses(model, context, pattern, idx, y) for pattern in found["patterns"]])
+        losses = pattern_losses(model, context, found["patterns"], idx, y)
         close(found["means"][:, rows], losses.mean(-1))
         # Chosen on training text: four windows, evenly spaced.
         starts = [i * (len(corpus.train[name]) - 1 - T) // 4 for i in range(4)]
         text = np.stack([corpus.train[name][i:i + T + 1] for i in starts]).astype(np.int64)
-        training = np.array([pattern_losses(model, context, pattern, text[:, :-1], text[:, 1:]).mean()
-                             for pattern in found["patterns"]])
+        training = pattern_losses(model, context, found["patterns"], text[:, :-1], text[:, 1:]).mean((1, 2))
         for k in range(L + 1):
             best = found["chosen"][d, k]
             assert k_of[best] == k and training[best] < training[k_of == k].min() + 1e-5
@@ -619,8 +617,7 @@ def test_hundred_of_many_patterns(here, unwritten, tmp_path):
             assert (ids >= 0).tolist() == [True] * n + [False] * (100 - n)
             assert len(set(ids[:n])) == n and (k_of[ids[:n]] == k).all()
         _, y, _ = unwritten(out).windows(8)
-        losses = np.stack([pattern_losses(model, "sequential", pattern, found["idx"], y)
-                           for pattern in found["patterns"][found["hundred"][4]]])
+        losses = pattern_losses(model, "sequential", found["patterns"][found["hundred"][4]], found["idx"], y)
         close(found["per_token"][4], losses.min(0).mean(-1))
         hundreds.append(found["hundred"][4])
     assert set(hundreds[0]) != set(hundreds[1])  # drawn by the seed
@@ -713,12 +710,13 @@ def test_a_finished_search_is_not_repeated(ask, interrupt, here, tmp_path):
     assert same(ask(**options), first)
 
 
-def test_a_search_for_some_budgets_leaves_the_whole_one_alone(ask, tmp_path):
-    path = tmp_path / "out" / file_of()
-    ask(budgets="all,3-1")
+def test_a_search_for_some_budgets_leaves_the_whole_one_alone(ask, here, tmp_path):
+    ask(context="frozen")
+    path = tmp_path / "out" / file_of(context="frozen")
     content = path.read_bytes()
-    for options in ({"budgets": "1"}, {"search": "dp"}, {"context": "frozen"}, {"choices": "xb"}):
-        ask(**options)
+    for options in ({"budgets": "1"}, {"search": "dp"}, {"choices": "xb"},
+                    {"criterion": "expected", "reference": here / "reference"}):
+        ask(context="frozen", **options)
         assert path.read_bytes() == content
 
 
@@ -1027,7 +1025,7 @@ def test_out_of_memory_names_the_flag(refused, monkeypatch):
 def test_ramps_and_controls_live_together(plan, here, tmp_path):
     """A ramp from 3 to 1 is no k to compare with."""
     shutil.copytree(plan[0], tmp_path / "out")
-    options = {"reference": here / "reference", "tokens": 64}
+    options = {"reference": here / "reference", "tokens": 16}
     quiet(oracle.main, flags(here, tmp_path / "out", budgets="all,3-1", **options))
     quiet(oracle.main, flags(here, tmp_path / "out", budgets="1,3-1", criterion="expected", **options))
     controls = json.loads((tmp_path / "out" / "oracle.json").read_text())["controls"]
