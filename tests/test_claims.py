@@ -178,7 +178,6 @@ def test_f3_of_one_sequence_does_not_hold():
     assert f3_of_one_sequence(6) == "undecided"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="claims.py: f3's share is 0 or 1 for one sequence")
 def test_f3_of_one_sequence_does_not_fail():
     assert f3_of_one_sequence(2) == "undecided"
 
