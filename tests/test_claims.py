@@ -120,6 +120,7 @@ def noisy(mean, S=40, std=0.05, seed=1):
     (2.9, 2.0, "holds"),  # gains over random (3.0): 0.1, and ten times that
     (2.9, 2.95, "fails"),  # not even below the best of 100
     (2.5, 2.0, "fails"),  # below it, but 1.0 is less than three times 0.5
+    (3.1, 3.2, "fails"),  # more than three times (what is lost), but not below
     (2.667, 2.0, "undecided"),  # three times, just about
 ])
 def test_f1(best100, oracle, expected):
@@ -449,7 +450,7 @@ def deep_files(S=40, L=12, seed=1):
     patterns = np.array([[SMALL + (i >> b & 1) for b in range(L)] for i in range(2 ** L)], np.uint8)
     k_of = (patterns == BIG).sum(1)
     shared = g.normal(0, 0.3, S)
-    p = {"patterns": patterns, "means": 3.0 + shared + g.normal(0, 0.02, (len(patterns), S)),
+    p = {"patterns": patterns, "means": 3.0 + 0.02 * k_of[:, None] + shared + g.normal(0, 0.02, (len(patterns), S)),
          "idx": g.integers(0, 1000, (S, T)), "domain": np.zeros(S, int), "domains": np.array(["text"]),
          "hundred": np.array([np.pad((k_of == k).nonzero()[0][:100], (0, max(0, 100 - math.comb(L, k))),
                                      constant_values=-1) for k in range(L + 1)]),
@@ -474,6 +475,12 @@ def test_find_claims():
     assert {name: line["verdict"] for name, line in found.items()} == dict.fromkeys(
         ("F1", "F2", "F3", "F6", "F8 (oracle)", "F9", "F10"), "holds")
     of = dict(zip(label["labels"].tolist(), label["losses"].mean((1, 2)), strict=True))
+    base = {name: losses.mean(1) for name, losses in claims.baseline_losses(p).items()}
+    for row in found["F1"]["detail"]:
+        best100, oracle = base["best100_data_set"][row["k"]], of[str(row["k"])]
+        assert row["best100_minus_oracle"][0] == pytest.approx(best100 - oracle)
+        expected = 3 * best100 - oracle - 2 * base["random"][row["k"]]
+        assert row["gain_minus_3_best100_gains"][0] == pytest.approx(expected)
     assert found["F2"]["effect"] == pytest.approx(of["12"] - of["1"])  # twelve of twelve: all-big
     assert found["F3"]["effect"] == pytest.approx(of["12"] - of["6"])
     assert {name: line["context"] for name, line in found.items()} == dict.fromkeys(found, "sequential")
