@@ -320,6 +320,19 @@ def test_rough_search_is_scored_again(context, ask, here, monkeypatch):
     assert 0.5 < json.loads(str(found["notes"]))["agreement_with_float32"] <= 1
 
 
+def test_agreement_counts_sequences(here, unwritten, tmp_path):
+    r = unwritten(fresh(here, tmp_path / "out"))
+    idx, y, _ = r.windows(64)
+    find, budget, past = oracle.Exhaustive(r.exact, (SMALL, BIG), 99), (2, None), torch.zeros(2, L, 8, 2, 0, 8)
+    directions = r.directions(idx, y, "label", 0)[:, 0]
+    routes = find(oracle.Search(r.exact, idx[:, 0], past, directions), [budget], 1)[budget][0]
+    notes = {"agreed": 0, "compared": 0}
+    for wrong in (0, 3):
+        routes[:wrong] = SKIP  # which no search over two choices finds
+        oracle.agreement(r, find, idx[:, 0], past, directions, {budget: routes}, 0, notes)
+    assert notes == {"agreed": 8 + 5, "compared": 16}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a route is chosen by
 
@@ -808,6 +821,17 @@ def test_plan(plan, here):
     big = (files["sb_frozen_exhaustive"]["routes"][0] == BIG).sum(-1)  # `any` is the first budget
     assert finding["effect"] == pytest.approx(big[:, :4].mean() - big[:, -4:].mean())
     assert text.rstrip().endswith(f"done: {out}/oracle.json and {out}/oracle/*.npz")
+
+
+def test_controls_are_planned_where_there_is_a_reference(here, tmp_path, monkeypatch):
+    jobs = [oracle.Job(16, "frozen"), oracle.Job(16, "frozen", criterion="expected")]
+    monkeypatch.setitem(oracle.PLANS, "debug", ([("frozen", 16, 16)], jobs, 0))
+    options = flags(here, fresh(here, tmp_path / "out"), tokens=16)
+    for more, controls in (({}, set()), ({"reference": here / "reference"}, {"frozen"})):
+        text = quiet(oracle.main, options | more)
+        assert ("no --reference: foresight and hindsight are left out" in text) == (not more)
+        assert (tmp_path / "out" / file_of(context="frozen", criterion="expected")).exists() == bool(more)
+        assert set(json.loads((tmp_path / "out" / "oracle.json").read_text())["controls"]) == controls
 
 
 def test_quality(plan, here):
