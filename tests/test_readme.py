@@ -72,11 +72,16 @@ def oracle_numbers():
     own, reference = report["models"]["own"], report["models"]["reference"]
     apart = sum(own[d]["big"]["loss"] - reference[d]["big"]["loss"] for d in own) / len(own)
 
+    deep = results("cpu_oracle_24.json")["quality"]
+    least = min(deep, key=lambda row: row["loss"])
+    gained = next(row["loss"] for row in deep if row["k"] == 24) - least["loss"]
+
     def shown(part):
         return "{:.3f} ({:.3f} to {:.3f})".format(*part)
     return [f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
             f"gains {row['gain'][0]:.3f} nats, of which {shown(row['foresight'])} could be foreseen",
             f"which itself is {apart:.2f} nats better", f"up to {row['hindsight'][0]:.3f} is hindsight",
+            f"gain {gained:.2f} nats over all-big, with {least['k']} BIG layers",
             f"{shown(on_laptop['gain'])}, of which {shown(on_laptop['foresight'])} is foresight"]
 
 
