@@ -15,6 +15,7 @@ from common import write_atomic
 from model import BIG, SKIP, SMALL
 
 RESAMPLES = 2000
+FEW = 8  # sequences: below that a bootstrap is much too sure (of normal data, its 95% interval holds 81% with 4)
 
 
 def bootstrap_means(values, seed=0):
@@ -25,11 +26,11 @@ def bootstrap_means(values, seed=0):
 
 
 def interval(values, estimate=lambda m: m[..., 0]):
-    """values [S] or [S, q] -> (estimate, low, high): a 95% bootstrap interval over sequences. With one sequence there
-    is no interval: low and high are nan."""
+    """values [S] or [S, q] -> (estimate, low, high): a 95% bootstrap interval over sequences. With fewer than FEW of
+    them there is no interval: low and high are nan, and a claim is undecided."""
     values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     point = float(estimate(values.mean(0)))
-    if len(values) < 2:
+    if len(values) < FEW:
         return point, float("nan"), float("nan")
     low, high = np.percentile(estimate(bootstrap_means(values)), [2.5, 97.5])
     return point, float(low), float(high)
@@ -53,12 +54,12 @@ def below(part, bound):
     return bound - estimate, bound - high, bound - low
 
 
-def finding(id, claim, parts, detail, effect=None):
-    """-> a line of findings.json. parts: what must be above 0, as in verdict(); the weakest one is shown, unless
-    `effect` (estimate, low, high) says it better. detail: what a reader may want to know besides."""
+def finding(id, claim, parts, detail, effect=None, unit="nats"):
+    """-> a line of oracle.json's findings. parts: what must be above 0, as in verdict(); the weakest one is shown,
+    unless `effect` (estimate, low, high) says it better. detail: what a reader may want to know besides."""
     shown = effect or min(parts, key=lambda part: part[1] if part[1] == part[1] else part[0])
-    return {"id": id, "claim": claim, "effect": shown[0], "ci": list(shown[1:]), "verdict": verdict(parts),
-            "detail": detail}
+    return {"id": id, "claim": claim, "effect": shown[0], "ci": list(shown[1:]), "unit": unit,
+            "verdict": verdict(parts), "detail": detail}
 
 
 def centre_of_mass(big):
@@ -92,8 +93,9 @@ def f3(all_big, oracle):
     share = float(np.isin(best, (5, 6, 7)).mean())
     k = int(oracle.mean(0).argmin())
     # The share of resamples as a part: above 0 when at least 97.5% lie in 5..7, below 0 when at most 2.5% do.
-    # One sequence has no resamples that could tell.
-    inside = (share - 0.5, 1.0 if share >= 0.975 else -1.0, -1.0 if share <= 0.025 and len(oracle) > 1 else 1.0)
+    # Few sequences have no resamples that could tell.
+    enough = len(oracle) >= FEW
+    inside = (share - 0.5, 1.0 if share >= 0.975 and enough else -1.0, -1.0 if share <= 0.025 and enough else 1.0)
     return finding("F3", "the oracle is best near k=6 and beats all-big", [gain, inside],
                    {"best_k": k, "share_of_resamples_in_5_to_7": share,
                     "best_k_resampled": np.bincount(best).tolist()}, gain)
@@ -121,27 +123,27 @@ def f6(big):
     centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
     parts = [above(centre[4], 0.5), above(centre[6], 0.48), below(centre[6], 0.52), below(centre[8], 0.5)]
     return finding("F6", "the oracle: late layers at k=4, even at k=6, early at k=8", parts,
-                   {f"centre_of_mass_k{k}": c for k, c in centre.items()})
+                   {f"centre_of_mass_k{k}": c for k, c in centre.items()}, unit="depth, 0 to 1")
 
 
 def f7(big):
     """big {k: BIG choices per sequence [S, L]} for k = 4, 6, 8."""
     centre = {k: interval(b, centre_of_mass) for k, b in big.items()}
     return finding("F7", "the router: late layers at every budget", [above(c, 0.5) for c in centre.values()],
-                   {f"centre_of_mass_k{k}": c for k, c in centre.items()})
+                   {f"centre_of_mass_k{k}": c for k, c in centre.items()}, unit="depth, 0 to 1")
 
 
 def f8_router(first, last):
     """{k: mean BIG per token and sequence [S]} in the first and the last quarter of positions, for k = 4, 6."""
     parts = {k: interval(first[k] - last[k]) for k in first}
     return finding("F8", "early positions use more BIG (the router)", list(parts.values()),
-                   {f"k{k}": part for k, part in parts.items()})
+                   {f"k{k}": part for k, part in parts.items()}, unit="BIG per token")
 
 
 def f8(first, last):
     """Mean BIG per token and sequence [S] in the first and the last quarter of positions."""
     return finding("F8 (oracle)", "early positions use more BIG (the unconstrained oracle)", [interval(first - last)],
-                   "mean BIG in the first quarter of positions - in the last")
+                   "mean BIG in the first quarter of positions - in the last", unit="BIG per token")
 
 
 def f9(constant, down, up):
@@ -177,7 +179,7 @@ def f10(skip):
     parts = [below(share, 0.05), depth, positions]
     return finding("F10", "skipping is not early exit, and skips attract skips", parts,
                    {"share_that_skip_a_suffix": share, "over_depth": depth, "over_positions": positions,
-                    "never_skipped_to_always": skip.mean((0, 1)).round(3).tolist(), "layers": L})
+                    "never_skipped_to_always": skip.mean((0, 1)).round(3).tolist(), "layers": L}, unit="probability")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +273,8 @@ def find_claims(label, patterns, skip):
     of one context; skip: a search over {big, skip}. {} for what there is not."""
     def made_by(arrays, findings):
         notes = json.loads(str(arrays["notes"]))
-        return [line | {"context": str(arrays["context"]), "command": notes["command"]} for line in findings]
+        return [line | {"context": str(arrays["context"]), "sequences": len(arrays["domain"]),
+                        "command": notes["command"]} for line in findings]
 
     found = []
     if label:
@@ -332,16 +335,24 @@ def report(out_dir, checkpoint, quality, about):
                                      patterns[contexts[0]] if contexts else {}, skip)
     for line in result["findings"]:
         line["seeds"] = [about["seed"]]
-    write_atomic(Path(out_dir) / "oracle.json", json.dumps(result, indent=1, default=float).encode())
+    result = without_nan(json.loads(json.dumps(result, default=float)))
+    write_atomic(Path(out_dir) / "oracle.json", json.dumps(result, indent=1).encode())
     return result
 
 
-def summary(result):
-    """-> text: losses by budget beside the baselines, the controls, the findings"""
+def number(value):
+    """None, which stands for nan in JSON -> nan"""
+    return math.nan if value is None else value
+
+
+def summary(result, names):
+    """-> text: of the searches `names` losses by budget, beside the baselines where these are about as many sequences
+    (a search of the plan sees the same ones); then controls, searches compared, findings"""
     lines = []
-    base = {(context, row["domain"], str(row["k"])): row
+    base = {(context, row["domain"], str(row["k"]), row["sequences"]): row
             for context, rows in result["baselines"].items() for row in rows}
-    for name, found in result["searches"].items():
+    for name in names:
+        found = result["searches"][name]
         lines.append(f"{name}: {found['seconds']:.0f} s, {found['flops_per_token'] / 1e9:.3g} GFLOP a token")
         for what in ("agreement_with_float32", "largest_difference_from_forward", "peak_memory_gb"):
             if found[what] is not None:
@@ -349,17 +360,17 @@ def summary(result):
         lines.append(f"  {'domain':<8}{'budget':>7}{'BIG':>7}{'SKIP':>7}{'oracle':>9}{'95% interval':>17}{'random':>9}"
                      f"{'best 100':>10}{'fixed':>8}")
         for row in found["rows"]:
-            other = base.get((found["job"]["context"], row["domain"], row["budget"]))
+            other = base.get((found["job"]["context"], row["domain"], row["budget"], row["sequences"]))
             beside = (f"{other['random'][0]:>9.4f}{other['best100_data_set'][0]:>10.4f}{other['fixed'][0]:>8.4f}"
                       if other and found["job"]["choices"] == "sb" else "")
-            low, high = row["ci"]
+            low, high = map(number, row["ci"])
             lines.append(f"  {row['domain']:<8}{row['budget']:>7}{row['big']:>7.2f}{row['skip']:>7.2f}"
                          f"{row['loss']:>9.4f}{f'{low:.4f}..{high:.4f}':>17}{beside}")
     for context, rows in result["controls"].items():
         lines.append(f"gain over the best fixed pattern, {context}, nats: oracle = foresight + hindsight; learnable")
         for row in rows:
             gain, foresight, hindsight, learnable = (
-                f"{row[key][0]:.4f} ({row[key][1]:.4f}..{row[key][2]:.4f})"
+                "{:.4f} ({:.4f}..{:.4f})".format(*map(number, row[key]))
                 for key in ("gain", "foresight", "hindsight", "learnable"))
             lines.append(f"  {row['domain']:<6} k={row['k']:<3} {gain} = {foresight} + {hindsight}; {learnable}")
     for name in dict.fromkeys(row["search"] for row in result["quality"]):
@@ -368,8 +379,9 @@ def summary(result):
         lines.append(f"  {name}: {rows[0]['work']:.1%} of the work of {rows[0]['against']}, mean gap "
                      f"{np.mean(gaps):.4f} nats, largest {max(gaps):.4f}")
     for line in result["findings"]:
-        lines.append(f"{line['id']}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
-                     f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f})")
+        effect, low, high = map(number, (line["effect"], *line["ci"]))
+        lines.append(f"{line['id']}: {line['verdict']}. {line['claim']}: {effect:.4f} ({low:.4f}..{high:.4f}) "
+                     f"{line['unit']}, {line['sequences']} sequences")
     return "\n".join(lines)
 
 

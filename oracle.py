@@ -118,8 +118,8 @@ PLANS = {
         Job(32768, "frozen", criterion="expected"), Job(32768, "frozen", criterion="split"),
         Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
     "cpu": ([("frozen", 1000, 1000)], [
-        Job(1000, "frozen"), Job(200, budgets="6"), Job(1000, "frozen", criterion="expected"),
-        Job(1000, "frozen", criterion="split"), Job(250, choices="xb", budgets="6")], 64),
+        Job(1000, "frozen"), Job(500, budgets="4,6-2,2-6"), Job(1000, "frozen", criterion="expected"),
+        Job(1000, "frozen", criterion="split"), Job(500, choices="xb", budgets="6")], 64),
     "debug": ([("sequential", 64, 64), ("frozen", 64, 64)], [Job(64, budgets="any,1"), Job(64, "frozen")], 32),
 }
 PRESETS = {name: {} for name in PLANS}  # no flag's default depends on the preset
@@ -200,6 +200,9 @@ class Run:
             if shape.block_size < self.shape.block_size:
                 raise UserError(f"--reference={config.reference}: its context of {shape.block_size} tokens is shorter "
                                 f"than this run's; train one with --block_size={self.shape.block_size}")
+            if file_hash(Path(config.reference) / "ckpt.pt") == self.checkpoint:
+                raise UserError(f"--reference={config.reference}: is the run itself; give one trained apart, "
+                                "python train.py --train_route=big --seed=11 --out_dir=out/reference")
             if other["fingerprint"] != self.rest["fingerprint"]:
                 raise UserError(f"--reference={config.reference}: was trained on corpus {other['fingerprint']}, this "
                                 f"run on {self.rest['fingerprint']}; train it on the same text")
@@ -357,12 +360,23 @@ def is_there(path, r, signature):
     return bool(arrays) and str(arrays["signature"]) == signature
 
 
-def work(job, n_layer):
+def work(r, job):
     """How long a token takes for one budget (sequential) or for all (frozen), as a multiple of 2^L routes: for the ETA,
-    roughly. A frozen search shares its tree, but every budget's best routes are scored again."""
-    n_budgets = len(parse_budgets(job.budgets, n_layer, job.choices))
-    routes = (len(job.choices) / 2) ** n_layer if job.search == "exhaustive" else 1
-    return routes * (1 if job.context == "sequential" else 1 + n_budgets / 3)
+    roughly. A frozen search shares its tree; where it was rough, each budget's best routes are scored again."""
+    L = r.shape.n_layer
+    routes = (len(job.choices) / 2) ** L if job.search == "exhaustive" else 1
+    again = len(parse_budgets(job.budgets, L, job.choices)) / 3 if r.keep > 1 and job.context == "frozen" else 0
+    return routes + again
+
+
+def keep_larger(path, r, n):
+    """Raise UserError where this checkpoint's file of that name is about more than n sequences."""
+    if path.exists():
+        with np.load(path) as file:
+            found = len(file["domain"]) if str(file["checkpoint"]) == r.checkpoint else 0
+        if found > n:
+            raise UserError(f"{path}: holds {found} sequences and would be replaced by {n}; ask for as many, or move "
+                            "it away first")
 
 
 def run_job(r, job, bar):
@@ -372,7 +386,7 @@ def run_job(r, job, bar):
     idx, targets, _ = r.windows(job.tokens)
     choices = tuple(sorted(LETTERS[letter] for letter in job.choices))
     budgets = parse_budgets(job.budgets, L, job.choices)
-    frozen, weight = job.context == "frozen", work(job, L)
+    frozen, weight = job.context == "frozen", work(r, job)
     sign = signature(r.checkpoint, r.domains, job, (config.width, config.completion) if job.search == "dp" else "",
                      (file_hash(Path(config.reference) / "ckpt.pt"), config.seed) if job.criterion != "label" else "")
     if is_there(r.folder / f"{job.name}.npz", r, sign):
@@ -587,7 +601,7 @@ def run_quality(r, tokens, bar):
             bar.update(len(x) * QUALITY_WORK)
     return [{"search": name, "k": k, "gap": claims.interval(losses[name][:, k] - losses[best][:, k]),
              "work": flops[name] / flops[best], "loss": losses[name][:, k].mean(), "against": best,
-             "tokens": len(idx) * len(range(4, T, 8)), "asked": tokens}
+             "tokens": len(idx) * len(positions), "asked": tokens, "domains": r.domains}
             for name in variants if name != best for k in range(L + 1)]
 
 
@@ -639,15 +653,18 @@ def main(argv=None):
                      for context, tokens, train_tokens in baselines if L <= 14]
         quality_tokens = min(quality_tokens, r.holds() // 8)
         last = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
-        if last and last[0]["asked"] == quality_tokens:
+        if last and (last[0]["asked"], last[0]["domains"]) == (quality_tokens, r.domains):
             quality_tokens = 0
     total = 0  # what the bar counts: tokens times budgets, in units of 2^L routes (see work)
     for j in jobs:
         if j.search == "exhaustive" and len(j.choices) ** L > 2 ** 20:
             raise UserError(f"--search=exhaustive: {len(j.choices)}^{L} routes are too many; use --search=dp or greedy")
         n_budgets = len(parse_budgets(j.budgets, L, j.choices))
-        total += len(r.windows(j.tokens)[0]) * T * work(j, L) * (1 if j.context == "frozen" else n_budgets)
-    for _, tokens, train_tokens in baselines:
+        n = len(r.windows(j.tokens)[0])
+        keep_larger(r.folder / f"{j.name}.npz", r, n)
+        total += n * T * work(r, j) * (1 if j.context == "frozen" else n_budgets)
+    for context, tokens, train_tokens in baselines:
+        keep_larger(r.folder / f"patterns_{context}.npz", r, len(r.windows(tokens)[0]))
         total += (len(r.windows(tokens)[0]) + -(-train_tokens // T) * len(r.domains)) * T * BASELINE_WORK
     if quality_tokens:
         total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) * QUALITY_WORK
@@ -658,7 +675,7 @@ def main(argv=None):
               "--out_dir=out/reference`")
     quality, about = [], {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
     try:
-        with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,
+        with tqdm(total=total, unit="work", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
             for baseline in baselines:
                 run_baselines(r, *baseline, bar)
@@ -673,9 +690,10 @@ def main(argv=None):
         print("interrupted: finished batches are kept; the same command goes on from there", file=sys.stderr)
         raise
     if r.rank == 0:
+        report = claims.report(config.out_dir, r.checkpoint, quality, about)
         for path in r.parts:  # all of them are in their files now
             path.unlink(missing_ok=True)
-        print(claims.summary(claims.report(config.out_dir, r.checkpoint, quality, about)))
+        print(claims.summary(report, [j.name for j in jobs]))
         print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")
 
 

@@ -147,11 +147,13 @@ def findings():
 
     def shown(line):
         where = ", frozen" if line["context"] == "frozen" else ""
-        return f"{line['verdict']}, {cell((line['effect'], *line['ci']))}{where}"
+        value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
+        return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
     ids = sorted({id for run in runs for id in run}, key=lambda id: (int(id.split()[0][1:]), id))
     claims = {id: line["claim"] for run in runs for id, line in run.items()}
-    return markdown(["claim", "one H100", "laptop"],
-                    [[f"{id}: {claims[id]}", *(shown(run[id]) if id in run else "" for run in runs)] for id in ids])
+    units = {id: line["unit"] for run in runs for id, line in run.items()}
+    return markdown(["claim", "unit", "one H100", "laptop"],
+                    [[f"{id}: {claims[id]}", units[id], *(shown(run[id]) if id in run else "" for run in runs)] for id in ids])
 
 
 def routers():

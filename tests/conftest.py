@@ -15,6 +15,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def intervals_of_few():
+    """Planted data are small: here two sequences are enough for an interval (tests of FEW itself set it back)."""
+    import claims
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "FEW", 2)
+        yield
+
+
 def user_error(call, *parts):
     """call() must raise a UserError of one line that holds all parts -> the line"""
     with pytest.raises(UserError) as caught:

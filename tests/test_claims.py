@@ -42,6 +42,17 @@ def test_interval_is_as_wide_as_theory_says():
 def test_one_sequence_has_no_interval():
     estimate, low, high = claims.interval([2.5])
     assert estimate == 2.5 and math.isnan(low) and math.isnan(high)
+
+
+def test_few_sequences_decide_nothing(monkeypatch):
+    monkeypatch.setattr(claims, "FEW", 8)
+    gain = np.linspace(1, 2, 8)
+    assert claims.interval(gain)[1] > 1 and math.isnan(claims.interval(gain[:7])[1])
+    for n, found in ((8, "holds"), (7, "undecided")):
+        oracle = np.tile(np.abs(np.arange(13) - 6.0), (n, 1))  # best at k = 6
+        assert claims.f2(gain[:n], np.zeros(n))["verdict"] == found
+        assert claims.f3(oracle[:, 12], oracle)["verdict"] == found
+        assert claims.f3(-oracle[:, 0], oracle[:, ::-1] * 0)["verdict"] == ("fails" if n == 8 else "undecided")
     assert claims.verdict([claims.interval([2.5])]) == "undecided"
 
 
@@ -98,7 +109,8 @@ def test_above_and_below():
 
 def test_finding_shows_its_weakest_part():
     line = claims.finding("F0", "a claim", [(3, 2, 4), (1, 0.5, 2), (5, 1, 9)], "why")
-    assert line == {"id": "F0", "claim": "a claim", "effect": 1, "ci": [0.5, 2], "verdict": "holds", "detail": "why"}
+    assert line == {"id": "F0", "claim": "a claim", "effect": 1, "ci": [0.5, 2], "unit": "nats", "verdict": "holds",
+                    "detail": "why"}
     line = claims.finding("F0", "a claim", [(3, 2, 4), (1, 0.5, 2)], "why", (7, 6, 8))
     assert line["effect"] == 7 and line["ci"] == [6, 8]  # what says it better
     line = claims.finding("F0", "a claim", [(3, 2, 4), (-1, -2, -0.5)], "why", (7, 6, 8))
@@ -547,7 +559,7 @@ def test_report(context, tmp_path):
     assert saved["checkpoint"] == "now" and saved["fingerprint"] == "abc" and saved["seed"] == 7
     # A file of another checkpoint is left out.
     assert set(saved["searches"]) == {prefix, f"{prefix}_expected_1", f"{prefix}_split_1"}
-    assert saved["searches"][prefix]["rows"] == json.loads(json.dumps(claims.job_table(label)))
+    assert saved["searches"][prefix]["rows"] == claims.without_nan(json.loads(json.dumps(claims.job_table(label))))
     assert saved["searches"][prefix]["flops_per_token"] == 1e6  # the notes are there
     losses = claims.baseline_losses(p)
     assert set(saved["baselines"]) == {context}
@@ -561,7 +573,8 @@ def test_report(context, tmp_path):
     assert saved["curves"] == {context: {str(k): {
         str(n): pytest.approx(p["curve"][k, :, j].mean()) for j, n in enumerate((1, 2, 4))} for k in range(L + 1)}}
     assert set(saved["controls"]) == {context}
-    assert str(result["controls"][context]) == str(claims.control_table(label, expected, split, p))
+    table = json.loads(json.dumps(claims.control_table(label, expected, split, p), default=float))
+    assert result["controls"][context] == claims.without_nan(table)
     assert {(row["k"], row["domain"], row["sequences"]) for row in saved["controls"][context]} == {
         (1, "code", 1), (1, "prose", 2), (1, "all", 3)}
     (line,) = saved["findings"]
@@ -569,7 +582,7 @@ def test_report(context, tmp_path):
     assert line["command"] == f"python oracle.py --context={context}"
     assert saved["quality"] == json.loads(json.dumps(QUALITY))
 
-    text = claims.summary(result)
+    text = claims.summary(result, list(result["searches"]))
     for name in result["searches"]:
         assert f"{name}: " in text
     for row in saved["searches"][prefix]["rows"]:
@@ -602,7 +615,8 @@ def test_contexts_are_not_mixed(tmp_path):
         assert row["fixed"] == pytest.approx(p[context]["fixed"][1].mean(), rel=1e-6)
         (base,) = (row for row in result["baselines"][context] if (row["k"], row["domain"]) == (1, "all"))
         assert base["fixed"][0] == pytest.approx(row["fixed"], rel=1e-6)
-        block = claims.summary(result).split(f"sb_{context}_exhaustive: ")[1].split("GFLOP")[1]
+        text = claims.summary(result, list(result["searches"]))
+        block = text.split(f"sb_{context}_exhaustive: ")[1].split("GFLOP")[1]
         assert f"{row['fixed']:.4f}" in block
 
 
@@ -632,7 +646,7 @@ def test_quality_is_kept_when_not_remade(tmp_path):
     write(tmp_path)
     claims.report(tmp_path, "now", QUALITY, ABOUT)
     assert claims.report(tmp_path, "now", [], ABOUT)["quality"] == json.loads(json.dumps(QUALITY))
-    assert claims.report(tmp_path, "now", QUALITY[:1], ABOUT)["quality"] == QUALITY[:1]
+    assert claims.report(tmp_path, "now", QUALITY[:1], ABOUT)["quality"] == json.loads(json.dumps(QUALITY[:1]))
     assert claims.report(tmp_path, "another", [], ABOUT)["quality"] == []  # another checkpoint's says nothing here
 
 
@@ -647,12 +661,12 @@ def test_controls_need_label_expected_and_baselines(tmp_path):
         write(folder, **files)
         result = claims.report(folder, "now", [], ABOUT)
         assert result["controls"] == {} and set(result["searches"]) == set(files) - {"patterns_sequential"}
-        claims.summary(result)
+        claims.summary(result, list(result["searches"]))
     # The split-label oracle may be missing.
     write(folder, sb_sequential_exhaustive_expected=search_file(["1"], p, seed=2))
     result = claims.report(folder, "now", [], ABOUT)
-    assert [math.isnan(row["learnable"][0]) for row in result["controls"]["sequential"]] == [True] * 3
-    assert "nan" in claims.summary(result)
+    assert [row["learnable"][0] is None for row in result["controls"]["sequential"]] == [True] * 3
+    assert "nan" in claims.summary(result, list(result["searches"]))
 
 
 def in_frozen(arrays):
@@ -682,4 +696,4 @@ def test_nothing_yet(tmp_path):
     write(tmp_path, patterns_frozen=patterns_file() | {"checkpoint": "another"})
     result = claims.report(tmp_path, "now", [], ABOUT)
     assert result["searches"] == result["baselines"] == result["controls"] == {} and result["findings"] == []
-    assert claims.summary(result) == ""
+    assert claims.summary(result, list(result["searches"])) == ""

@@ -399,10 +399,20 @@ def test_split_labels_do_not_depend_on_batches(here, unwritten, tmp_path):
     assert torch.allclose(one_by_one, r.directions(idx, y, "split", 0))
 
 
+def apart(here):
+    """The run's own weights under another hash -> folder"""
+    folder = here / "apart"
+    if not folder.exists():
+        saved = torch.load(here / "run" / "ckpt.pt", weights_only=True)
+        folder.mkdir()
+        torch.save(saved | {"another": 1}, folder / "ckpt.pt")
+    return folder
+
+
 @pytest.mark.parametrize("context", ["sequential", "frozen"])
 def test_a_model_that_is_its_own_reference_foresees_all_big(context, ask, here):
     """CE(p, q) is least at q = p, which is what all-BIG predicts."""
-    found = ask(criterion="expected", reference=here / "run", context=context, choices="xsb", budgets="any")
+    found = ask(criterion="expected", reference=apart(here), context=context, choices="xsb", budgets="any")
     all_big = (found["routes"][0] == BIG).all(-1)
     assert all_big.mean() > 0.95
     idx, y = torch.from_numpy(found["idx"]), torch.from_numpy(found["targets"])
@@ -715,8 +725,7 @@ def test_a_finished_search_is_not_repeated(ask, interrupt, here, tmp_path):
         with interrupt("run_frozen") as done:
             ask(**options | unchanged)
         assert done == [] and path.read_bytes() == content
-    for changed in ({"budgets": "2"}, {"tokens": 16}, {"width": 2}, {"completion": "small"}, {"domain": "code"},
-                    {"choices": "xsb"}, {"search": "greedy"}):
+    for changed in ({"budgets": "2"}, {"width": 2}, {"completion": "small"}, {"choices": "xsb"}, {"search": "greedy"}):
         with interrupt("run_frozen") as done:
             ask(**options | changed)
         assert done == ["run_frozen"]
@@ -733,12 +742,29 @@ def test_a_search_for_some_budgets_leaves_the_whole_one_alone(ask, here, tmp_pat
         assert path.read_bytes() == content
 
 
+def test_a_smaller_search_does_not_replace_a_larger_one(ask, here, tmp_path):
+    ask(context="frozen")
+    path = tmp_path / "out" / file_of(context="frozen")
+    content = path.read_bytes()
+    for options in ({"tokens": 16}, {"domain": "code"}):
+        user_error(lambda options=options: ask(context="frozen", **options), path, "holds 4 sequences",
+                   "replaced by 2", "move it away")
+        assert path.read_bytes() == content
+    assert len(ask(context="frozen", tokens=48)["idx"]) == 6  # a larger one does
+    assert len(ask(name="other", context="frozen", tokens=16)["idx"]) == 2
+
+
+def test_its_own_reference_is_refused(ask, here):
+    user_error(lambda: ask(criterion="expected", reference=here / "run", context="frozen"), "the run itself")
+
+
 def test_another_reference_is_another_search(ask, interrupt, here):
     """And for drawn labels another seed."""
+    apart(here)
     options = {"budgets": "2", "context": "frozen"}
     ask(reference=here / "reference", criterion="expected", **options)
     ask(reference=here / "reference", criterion="split", **options)
-    for criterion, reference, seed, calls in (("expected", "reference", 1, 0), ("expected", "run", 1, 1),
+    for criterion, reference, seed, calls in (("expected", "reference", 1, 0), ("expected", "apart", 1, 1),
                                               ("split", "reference", 1, 0), ("split", "reference", 2, 1)):
         with interrupt("run_frozen") as done:
             ask(criterion=criterion, reference=here / reference, seed=seed, **options)
@@ -906,8 +932,12 @@ def test_controls_are_added_to_what_is_there(plan, here, tmp_path):
     assert "gain over the best fixed pattern, frozen" in text
 
 
-def test_two_processes_make_the_same_files(plan, here, tmp_path):
+def test_two_processes_make_the_same_files(plan, here, tmp_path, monkeypatch):
     out = fresh(here, tmp_path / "out")
+    monkeypatch.setattr(oracle.claims, "FEW", 8)  # as the processes have it
+    shutil.copytree(plan[0], tmp_path / "plan")
+    quiet(oracle.main, flags(here, tmp_path / "plan", tokens=64, batch_size=4))  # nothing to do but to report
+    plan = tmp_path / "plan", plan[1]
     # --standalone: a port that is free
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT,
                            *command_line(flags(here, out, tokens=64, batch_size=4))],
