@@ -421,13 +421,13 @@ def figure_8(run):
              if a in compared]
     figure, axes = grid_of(1, len(pairs), height=3.2)
     names = {"dense": "dense", "all_big": "Duo, all-big", "freeze": "freeze, then small", "joint": "Duo, joint"}
-    colours = {"dense": "expected-loss oracle", "freeze": "expected-loss oracle", "all_big": "all-big",
-               "joint": "random"}
+    style = {"dense": ("all-big", {"color": INK}), "freeze": ("random", {"color": INK}), "all_big": ("all-big", {}),
+             "joint": ("random", {})}  # ink: another model
     text = []
     for axis, (a, b, title) in zip(axes[0], pairs, strict=True):
         for i, key in enumerate((a, b)):
             part = interval(compared[key])
-            point(axis, i, part, colours[key], ms=8, capsize=4)
+            point(axis, i, part, style[key][0], ms=8, capsize=4, **style[key][1])
             axis.annotate(f"{part[0]:.3f}", (i, part[0]), (9, -3), textcoords="offset points")
         axis.set_xticks((0, 1), (names[a], names[b]))
         axis.set(ylabel="loss (nats per token)", title=title, xlim=(-0.5, 1.7))
@@ -511,8 +511,8 @@ def split(run):
         axis.errorbar(ks, bottom + part[:, 0], np.abs(part[:, 1:].T - part[:, 0]), color=INK, ls="none", lw=1, capsize=2)
     learnable = np.array([row["learnable"] for row in rows], float)
     if np.isfinite(learnable).any():
-        axis.errorbar(ks, learnable[:, 0], np.abs(learnable[:, 1:].T - learnable[:, 0]), color=COLOUR["random"],
-                      marker="v", ls="none", capsize=2, label="split-label oracle's gain")
+        axis.errorbar(ks, learnable[:, 0], np.abs(learnable[:, 1:].T - learnable[:, 0]), color=INK,
+                      marker="v", mfc="none", ls="none", capsize=2, label="split-label oracle's gain")
     if "fixed" in run["base"]:
         fixed, which = run["base"]["fixed"]
         for i, (name, group) in enumerate(grouped(router_points(run, np.arange(len(run["windows"]["idx"]))))):
@@ -566,17 +566,17 @@ def searches(run):
     figure, axes = grid_of(1, 2, height=3.8)
     ks = sorted({row["k"] for row in run["quality"]})
     k = 6 if 6 in ks else ks[len(ks) // 2]
-    families = {"greedy": ("random", "v"), "dp, early": ("oracle", "o"), "dp, small": ("all-small", "<"),
-                "dp, big": ("all-big", ">")}
+    markers = {"greedy": "*", "dp, early": "o", "dp, small": "<", "dp, big": ">"}  # all are oracles: one colour
     for name in names:
-        policy, marker = families[next(family for family in families if name.startswith(family))]
+        marker = next(sign for family, sign in markers.items() if name.startswith(family))
         rows = [row for row in run["quality"] if row["search"] == name]
         width = name.rpartition(" ")[2] if name.startswith("dp") else ""
         label = name.partition(", width")[0]
         at_k = next(row for row in rows if row["k"] == k)["gap"]
         gaps = [row["gap"][0] for row in rows]
         for axis, value, part in ((axes[0, 0], at_k[0], at_k), (axes[0, 1], np.mean(gaps), None)):
-            point(axis, rows[0]["work"], part or (value, np.nan, np.nan), policy, marker=marker, label=label)
+            point(axis, rows[0]["work"], part or (value, np.nan, np.nan), "oracle", marker=marker,
+                  label=label, mfc=COLOUR["oracle"] if label == "greedy" else "none")
             axis.annotate(width, (rows[0]["work"], value), (5, 4), textcoords="offset points", fontsize=8)
     for axis, title in zip(axes[0], (f"k={k}, with interval", f"mean over k={ks[0]}..{ks[-1]}"), strict=True):
         axis.set_xscale("log")
@@ -586,7 +586,7 @@ def searches(run):
     legend_below(figure, axes[0, 0])
     against = run["quality"][0]["against"]
     return figure, (f"What the cheaper searches cost and miss, against {against}; numbers at the points are DP's widths, "
-                    "colours how it judges a route that is not finished (by a read-out on the spot, or by running the "
+                    "markers how it judges a route that is not finished (by a read-out on the spot, or by running the "
                     f"rest all-small or all-big). {run['quality'][0]['tokens']} tokens, frozen context. Left and down is "
                     "better. Not in the paper.")
 
