@@ -158,8 +158,8 @@ def read(config):
             "windows": {key: windows[key] for key in ("idx", "targets", "domain", "domains")} if "domain" in windows
             else {"idx": np.zeros((0, 0), int), "domains": np.array([])},
             "commands": commands(config.out_dir, trained.get("preset", "auto")), "words": read_words(folder),
-            "facts": {"layers": trained.get("n_layer", L), "width": trained.get("n_embd"), "base seed": trained.get("seed"),
-                      "trained on": trained.get("corpus"),
+            "facts": {"layers": trained.get("n_layer", L), "width": trained.get("n_embd"),
+                      "base seed": trained.get("seed"), "trained on": trained.get("corpus"),
                       "corpus fingerprint": rest.get("fingerprint", report.get("fingerprint")),
                       "checkpoint": checkpoint or None}}
     made["base"], made["contexts"] = baselines(made)
@@ -190,8 +190,9 @@ def baselines(made):
         return {}, {}
     where = claims.shared(patterns, windows) if patterns else None
     if model:
-        source = SimpleNamespace(exact=model, shape=model.config, device=made["device"], folder=made["folder"] / "oracle",
-                                 checkpoint=made["checkpoint"], domains=[str(name) for name in windows["domains"]])
+        source = SimpleNamespace(  # what router.py asks of its Run
+            exact=model, shape=model.config, device=made["device"], folder=made["folder"] / "oracle",
+            checkpoint=made["checkpoint"], domains=[str(name) for name in windows["domains"]])
         tensors = (torch.from_numpy(windows["idx"]), torch.from_numpy(windows["targets"]), windows["domain"])
         base, contexts = router.baselines(source, tensors, *router.load_patterns(source))
     elif where is not None:
@@ -483,7 +484,7 @@ def explorer(made, n):
             "routers": {} if where is None else {
                 stem: {"loss": [round(1000 * float(x)) for x in arrays["losses"][where[row]]],
                        "route": "".join(map(str, arrays["routes"][where[row]].ravel()))}
-                for stem, arrays in made["routers"].items()}})
+                for stem, arrays in sorted(made["routers"].items(), key=lambda item: not item[0].startswith("linear"))}})
     return {"layers": int(label["routes"].shape[-1]), "context": str(label["context"]), "sequences": sequences,
             "router_context": "sequential"}
 

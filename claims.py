@@ -213,7 +213,7 @@ def f11(small, oracle, resamples=RESAMPLES):
 
 def f12(all_big=None, dense=None, joint=None, freeze=None):
     """Losses per sequence [S]: this run at all-big and a dense model of its size; at random k = L / 2 this run and one
-    whose SMALL FFNs were trained beside frozen BIG ones. A half that is missing leaves the claim undecided, or fails."""
+    whose SMALL FFNs were trained beside frozen BIG ones. With one half only the claim cannot hold."""
     parts, detail = [], {}
     if dense is not None:
         parts.append(below(interval(all_big - dense), 0.05))

@@ -19,7 +19,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from claims import at_budget, interval, shared
+from claims import at_budget, interval
 from model import BIG, SKIP, SMALL
 
 INK = "#10233f"
@@ -63,7 +63,7 @@ def band(axis, x, samples, policy, transform=lambda m: m, **options):
     means = np.array([interval(column) for column in samples.T])  # [K, 3]
     style = {"color": COLOUR[policy], "marker": MARKER[policy], "ms": 4, "lw": 1.5, "label": policy} | options
     axis.plot(x, transform(means[:, 0]), **style)
-    axis.fill_between(x, *transform(means[:, 1:]).T, color=COLOUR[policy], alpha=0.2, lw=0)
+    axis.fill_between(x, *transform(means[:, 1:]).T, color=COLOUR[policy], alpha=0.12, lw=0)
 
 
 def point(axis, x, part, policy, x_part=None, **options):
@@ -78,6 +78,13 @@ def legend_below(figure, axis, columns=4):
     """One legend for all axes, each name once."""
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def log_scale(axis, ticks, form):
+    """A logarithmic x axis with plain numbers (matplotlib's own labels are formulas, and text is never one here)."""
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [form.format(tick) for tick in ticks])
+    axis.minorticks_off()
 
 
 def notes_of(arrays):
@@ -112,7 +119,7 @@ def kinds(run):
 def share_maps(lanes, domains, colour, what):
     """lanes: [(title, chosen [S, T, L] bool, domain [S])] -> a figure: a heat map over layer and position for each lane
     and domain, and the share by layer, with its interval, at the right."""
-    figure, axes = grid_of(len(domains), len(lanes) + 1, height=2.9, width=2.7 * len(lanes) + 3.2)
+    figure, axes = grid_of(len(domains), len(lanes) + 1, height=2.9, width=2.7 * len(lanes) + 4)
     for row, name in zip(axes, domains, strict=True):
         for i, (title, chosen, domain) in enumerate(lanes):
             here = chosen[domain == list(domains).index(name)].astype(float)  # [S, T, L]
@@ -129,7 +136,8 @@ def share_maps(lanes, domains, colour, what):
         row[0].set_ylabel("layer (0 is the first)")
         row[-1].set(xlim=(0, 1), ylim=(-0.5, L - 0.5), xlabel=f"share of {what}", title=f"{name}, all positions")
         row[-1].grid()
-    axes[0, -1].legend(fontsize=8)
+    if len(lanes) > 1:
+        axes[0, -1].legend(fontsize=8)
     figure.colorbar(image, ax=axes[:, :-1], shrink=0.8, pad=0.02, label=f"share of {what}")
     return figure
 
@@ -159,13 +167,21 @@ def stage1(run):
     legend_below(figure, axes[0, 0], 5)
     last = evals[-1]["domains"]
     gains = [f"{last[d]['small']['loss'] - last[d]['big']['loss']:.2f} on {d}" for d in domains if "small" in last[d]]
-    return figure, ("One model, evaluated under three policies while it trains. "
+    return figure, ("One model, evaluated under three policies while it trains (the log holds means, so no intervals). "
                     + (f"At the end all-big is better than all-small by {' and '.join(gains)} nats: that much the BIG "
                        "FFNs are worth, and that much a policy can move." if gains else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the paper's figures
+
+def example(run, idx, domain, name):
+    """-> the row of a sequence to show: of the domain (the first one where it is not there), the one with the most
+    different tokens"""
+    names = [str(other) for other in run["windows"]["domains"]]
+    rows = np.flatnonzero(domain == (names.index(name) if name in names else 0))
+    return int(max(rows, key=lambda row: len(np.unique(idx[row]))))
+
 
 def figure_2abc(run):
     label = need(run["label"], "no search of {SMALL, BIG} routes", run["commands"]["oracle"])
@@ -242,8 +258,9 @@ def figure_4a(run):
         axis.set(ylabel="perplexity", title=f"{domains[d]}, k={k}", xlim=(-0.5, len(names) - 0.2))
         axis.grid(axis="y")
     figure.get_layout_engine().set(rect=(0, 0, 1, 1))
-    return figure, (f"Perplexity at k={k} BIG per token on the same {len(rows)} sequences. The paper: the oracle is far "
-                    "below the best of 100 random patterns; the router stands near that and near the best fixed one."
+    return figure, (f"Perplexity at k={k} BIG per token on the same {len(rows)} sequences. The paper: the oracle is "
+                    "far below the best of 100 random patterns; the router stands near that and near the best fixed "
+                    "one."
                     + mixed_contexts(run) + " The intervals hold the sequences' spread, which all policies share; "
                     "paired differences (below) are much sharper.")
 
@@ -297,7 +314,7 @@ def figure_4c(run):
 
 def visible(word):
     """A token as a label: spaces and line ends shown, what fonts lack replaced."""
-    word = word.replace("\n", "⏎").replace("\t", "→").replace(" ", "·")
+    word = word.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     return "".join(c if c.isprintable() and ord(c) < 0x3000 else "�" for c in word)
 
 
@@ -316,13 +333,14 @@ def figure_5(run, n=32):
     figure, axes = grid_of(len(label["domains"]), 1, height=3)
     first = min(T // 4, max(0, T - n))  # some way into the sequence: the first tokens have no context
     for d, axis in enumerate(axes[:, 0]):
-        row = int((label["domain"] == d).nonzero()[0][0])
+        row = example(run, label["idx"], label["domain"], str(label["domains"][d]))
         where = np.arange(first, min(first + n, T))
         words = [visible(run["words"][i]) for i in label["targets"][row, where]]
         for policy, values in losses.items():
             axis.plot(values[row, where], color=COLOUR[policy], marker=MARKER[policy], ms=5, lw=1, label=policy)
         axis.set_xticks(range(len(where)), words, rotation=90, fontsize=8, family="monospace")
-        axis.set(ylabel="loss (nats)", title=f"{label['domains'][d]}: the token that is predicted", xlim=(-0.5, n - 0.5))
+        axis.set(ylabel="loss (nats)", title=f"{label['domains'][d]}: the token that is predicted",
+                 xlim=(-0.5, n - 0.5))
         axis.grid()
     legend_below(figure, axes[0, 0], 3)
     hard = losses["all-small"] > np.quantile(losses["all-small"], 0.9)
@@ -350,10 +368,9 @@ def lay_out(words, columns, lines):
     return placed
 
 
-def figure_6(run, columns=58, lines=16):
+def figure_6(run, columns=64, lines=16):
     losses, label = token_losses(run), run["label"]
-    domains = [str(name) for name in label["domains"]]
-    row = int((label["domain"] == (domains.index("code") if "code" in domains else 0)).nonzero()[0][0])
+    row = example(run, label["idx"], label["domain"], "code")
     placed = lay_out([run["words"][i] for i in label["targets"][row]], columns, lines)
     lines = max(line for _, line, _, _ in placed) + 1
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.24 * lines + 0.9), layout="constrained")
@@ -366,7 +383,7 @@ def figure_6(run, columns=58, lines=16):
         for token, line, column, piece in placed:
             axis.add_patch(plt.Rectangle((column, line), len(piece), 1, color=ramp(values[token] / most), lw=0))
             shown = "".join(c if c.isprintable() and ord(c) < 0x3000 else "�" for c in piece)
-            axis.text(column, line + 0.75, shown, family="monospace", fontsize=7.6)
+            axis.text(column, line + 0.75, shown, family="monospace", fontsize=10.3)
         axis.set(xlim=(0, columns), ylim=(lines, 0), title=title, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         scale = matplotlib.cm.ScalarMappable(plt.Normalize(0, most), ramp)
@@ -395,18 +412,18 @@ def figure_7(run, n=48):
                            f"--budget={budget}`")
     need(found, "no router of these budgets", run["commands"]["router"])
     figure, axes = grid_of(len(found), 1, height=2.6)
-    domains = list(run["windows"]["domains"])
-    row = int((run["windows"]["domain"] == (domains.index("code") if "code" in domains else 0)).nonzero()[0][0])
+    row = example(run, run["windows"]["idx"], run["windows"]["domain"], "code")
     words = [visible(run["words"][i]) for i in run["windows"]["idx"][row, :n]]
     for axis, (title, arrays) in zip(axes[:, 0], found, strict=True):
         routes = arrays["routes"][row, :n]  # [n, L]
         axis.imshow(routes.T, origin="lower", aspect="auto", cmap=ListedColormap([CHOICE[c] for c in range(3)]),
                     vmin=0, vmax=2)
-        axis.set(ylabel="layer", title=f"{title}; in this sequence "
+        axis.set(ylabel="layer", yticks=range(0, routes.shape[1], 2), title=f"{title}; in this sequence "
                  f"{(arrays['routes'][row] == BIG).sum(-1).mean():.2f} BIG per token")
         axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7, family="monospace")
+    there = set(np.concatenate([np.unique(arrays["routes"][row, :n]) for _, arrays in found]).tolist())
     keys = [plt.Rectangle((0, 0), 1, 1, color=CHOICE[c], label=name)
-            for c, name in ((BIG, "BIG"), (SMALL, "SMALL"), (SKIP, "SKIP"))]
+            for c, name in ((BIG, "BIG"), (SMALL, "SMALL"), (SKIP, "SKIP")) if c in there]
     figure.legend(handles=keys, loc="outside lower center", ncols=3)
     return figure, ("The router's choice in each layer (upwards) for the first tokens of one sequence. The paper shows "
                     "three mixes." + (f" Not made here: {'; '.join(lacking)}." if lacking else ""))
@@ -453,10 +470,10 @@ def pareto(run):
     figure, axes = grid_of(2, columns, height=3.6, width=5.4 * columns)
     times = {key: tuple(value) for key, value in run["times"].items()}
     routers = router_points(run, np.arange(len(windows["idx"])))
-    for row in axes:
+    for near, row in enumerate(axes):
         for axis, by_time in zip(row, (False, True)):
             for key, policy in POLICIES.items():
-                if key not in base or (row is axes[1] and key in ("oracle", "random", "expected")):
+                if key not in base or (near and key != "fixed"):
                     continue
                 values, which = base[key]
                 ks = np.flatnonzero(np.isfinite(values).all(0))
@@ -478,24 +495,26 @@ def pareto(run):
             axis.set(xlabel="time of a forward / all-big's, same batch" if by_time else
                      "BIG layers per token (achieved)", ylabel="loss - all-big's (nats per token)")
             axis.grid()
-    near = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for *_, losses in routers
+    sizes = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for *_, losses in routers
             for i in (1, 2)]
     fixed = base.get("fixed", (np.zeros((1, L + 1)), np.array([0])))
-    near += [abs(float(np.nanmean(minus_big(*fixed), 0)[min(2, L)]))]
-    span = max(0.02, 1.6 * np.nanmax(near))
+    sizes += [abs(float(np.nanmean(minus_big(*fixed), 0)[min(2, L)]))]
+    span = max(0.02, 1.3 * np.nanmax(sizes))
     for axis in axes[1]:
-        axis.set(ylim=(-span, span), title="the same, nearer: policies that could be run")
+        axis.set(ylim=(-span, span), title="nearer: policies that do not know the next token")
     axes[0, 0].set_title("all policies, both domains")
     legend_below(figure, axes[0, 0])
     text = "Left: what a budget buys. " if run["times"] else "What a budget buys. "
     if run["times"]:
-        text += (f"Right: what it costs in time on {run['times_on']['device']}, {run['times_on']['batch']}, each policy "
-                 "in turn with all-big in one session (median, bar: quartiles); oracle and expected-loss oracle: the "
+        text += (f"Right: what it costs in time on {run['times_on']['device']}, {run['times_on']['batch']}, each "
+                 "policy in turn with all-big in one session (median, bar: quartiles); oracle and expected-loss "
+                 "oracle: the "
                  "time to run their routes, which does not hold the search. ")
     else:
         text += f"No times: they need the checkpoint, `{run['commands']['train']}`. "
-    return figure, text + ("Below 0 is better than all-big. Left and down is better. Each loss is paired with all-big's "
-                           "on the same sequences." + mixed_contexts(run))
+    return figure, text + ("Below 0 is better than all-big; left and down is better. Each loss is paired with "
+                           "all-big's "
+                           "on the same text." + mixed_contexts(run))
 
 
 def split(run):
@@ -508,7 +527,8 @@ def split(run):
     axis.bar(ks, hindsight[:, 0], 0.7, foresight[:, 0].clip(0), color=COLOUR["oracle"], alpha=0.6,
              label="hindsight: needs the label")
     for part, bottom in ((foresight, 0 * foresight[:, 0]), (hindsight, foresight[:, 0].clip(0))):
-        axis.errorbar(ks, bottom + part[:, 0], np.abs(part[:, 1:].T - part[:, 0]), color=INK, ls="none", lw=1, capsize=2)
+        axis.errorbar(ks, bottom + part[:, 0], np.abs(part[:, 1:].T - part[:, 0]), color=INK, ls="none", lw=1,
+                      capsize=2)
     learnable = np.array([row["learnable"] for row in rows], float)
     if np.isfinite(learnable).any():
         axis.errorbar(ks, learnable[:, 0], np.abs(learnable[:, 1:].T - learnable[:, 0]), color=INK,
@@ -526,12 +546,13 @@ def split(run):
     axis.grid(axis="y")
     legend_below(figure, axis, 2)
     best = rows[int(np.argmax([row["gain"][0] for row in rows]))]
-    return figure, ("The oracle's gain over the best fixed pattern of the same k, split in two. Grey: what the expected-"
-                    "loss oracle, which does not know the label, already gets (a lower bound of what a causal router "
-                    "could have). Orange: what only the label tells. At k={} it gains {:.3f} nats, of which {:.3f} ({:.3f} "
-                    "to {:.3f}) are foresight. ".format(best["k"], best["gain"][0], *best["foresight"])
-                    + f"{best['sequences']} sequences, {run['controls_context']} context; routers against fixed patterns "
-                    "of the sequential context. Not in the paper.")
+    return figure, ("The oracle's gain over the best fixed pattern of the same k, split in two. Grey: what the "
+                    "expected-loss oracle, which does not know the label, already gets (a lower bound of what a "
+                    "causal router "
+                    "could have). Orange: what only the label tells. At k={} it gains {:.3f} nats, of which {:.3f} "
+                    "({:.3f} to {:.3f}) are foresight. ".format(best["k"], best["gain"][0], *best["foresight"])
+                    + f"{best['sequences']} sequences, {run['controls_context']} context; routers against fixed "
+                    "patterns of the sequential context. Not in the paper.")
 
 
 def selection(run):
@@ -542,20 +563,22 @@ def selection(run):
     for i, k in enumerate(ks):
         most = math.comb(L, k)
         where = n <= most
-        parts = np.array([interval(column) for column in patterns["curve"][k][:, where].T])
-        style = dict(color=COLOUR["random"], alpha=1 - 0.13 * i, marker="ovs^D"[i % 5], ms=4)
+        gain = patterns["curve"][k][:, where] - patterns["fixed"][L].mean(-1)[:, None]  # paired: [S, N]
+        parts = np.array([interval(column) for column in gain.T])
+        style = {"color": COLOUR["random"], "alpha": 1 - 0.13 * i, "marker": "ovs^D"[i % 5], "ms": 4}
         axis.plot(n[where], parts[:, 0], label=f"k={k}", **style)
         axis.fill_between(n[where], parts[:, 1], parts[:, 2], color=COLOUR["random"], alpha=0.08, lw=0)
-    axis.axhline(patterns["fixed"][L].mean(), color=COLOUR["all-big"], ls="--", label="all-big")
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="N, random routes tried per token", ylabel="loss of the best of N (nats per token)")
+    axis.axhline(0, color=COLOUR["all-big"], ls="--", label="all-big")
+    log_scale(axis, [4 ** i for i in range(6) if 4 ** i <= n[-1]], "{:g}")
+    axis.set(xlabel="N, random routes tried per token", ylabel="loss of the best of N - all-big's (nats per token)")
     axis.grid()
     legend_below(figure, axis, 6)
     mean = patterns["curve"].mean(1)
     beats = {k: next((int(m) for m, x in zip(n, mean[k]) if x < mean[L][0]), None) for k in ks}
     some = next(((k, m) for k, m in beats.items() if m), None)
-    return figure, ("Draw N random routes for each token and keep the one whose loss on the true label turns out least: "
-                    "no cleverness, only selection. " + (f"At k={some[0]}, {some[1]} random tries are enough to pass "
+    return figure, ("Draw N random routes for each token and keep the one whose loss on the true label turns out "
+                    "least: no cleverness, only selection. " + (f"At k={some[0]}, {some[1]} random tries are enough "
+                                                                "to pass "
                     "all-big. " if some else "") + f"{patterns['curve'].shape[1]} sequences, {run['patterns_context']} "
                     "context. Not in the paper.")
 
@@ -576,19 +599,20 @@ def searches(run):
         gaps = [row["gap"][0] for row in rows]
         for axis, value, part in ((axes[0, 0], at_k[0], at_k), (axes[0, 1], np.mean(gaps), None)):
             point(axis, rows[0]["work"], part or (value, np.nan, np.nan), "oracle", marker=marker,
-                  label=label, mfc=COLOUR["oracle"] if label == "greedy" else "none")
+                  label=label, mfc=COLOUR["oracle"] if label == "greedy" else "none", capsize=2 if part else 0)
             axis.annotate(width, (rows[0]["work"], value), (5, 4), textcoords="offset points", fontsize=8)
     for axis, title in zip(axes[0], (f"k={k}, with interval", f"mean over k={ks[0]}..{ks[-1]}"), strict=True):
-        axis.set_xscale("log")
+        log_scale(axis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1), "{:.0%}")
         axis.set(xlabel="work / exhaustive search's (FLOPs)", ylabel="loss above exhaustive's (nats)", title=title,
                  ylim=(-0.002, None))
         axis.grid()
     legend_below(figure, axes[0, 0])
     against = run["quality"][0]["against"]
-    return figure, (f"What the cheaper searches cost and miss, against {against}; numbers at the points are DP's widths, "
-                    "markers how it judges a route that is not finished (by a read-out on the spot, or by running the "
-                    f"rest all-small or all-big). {run['quality'][0]['tokens']} tokens, frozen context. Left and down is "
-                    "better. Not in the paper.")
+    return figure, (f"What the cheaper searches cost and miss, against {against}; numbers at the points are DP's "
+                    "widths, markers how it judges a route that is not finished (by a read-out on the spot, or by "
+                    "running the "
+                    f"rest all-small or all-big). {run['quality'][0]['tokens']} tokens, frozen context. Left and down "
+                    "is better. Not in the paper.")
 
 
 FIGURES = {  # file name: (title, function, the claims that it is about)
