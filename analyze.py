@@ -312,7 +312,7 @@ def time_policies(made, rounds):
     ratios = {name: np.array(times) / np.array(seconds[f"fixed {L}"]) for name, times in seconds.items()}
     result = {"checkpoint": made["checkpoint"], "batch": "{} sequences of {} tokens".format(*idx.shape),
               "device": torch.cuda.get_device_name(made["device"]) if cuda else
-              f"a CPU, {torch.get_num_threads()} threads", "rounds": rounds,
+              f"a CPU (threads: {torch.get_num_threads()})", "rounds": rounds,
               "times": {name: np.quantile(r, (0.5, 0.25, 0.75)).tolist() for name, r in ratios.items()}}
     write_atomic(path, json.dumps(result, indent=1).encode())
     return result
@@ -455,10 +455,11 @@ def inline(svg, name, title):
     svg = re.sub(r'(xlink:href|href)="#([^"]+)"', rf'\1="#{name}-\2"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2)
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)  # hundredths of a point are enough
+    svg = re.sub(r"(?<![\d.])([1-9]\d*\.\d{2})\d+", r"\1", svg)  # hundredths of a point are enough (scales are < 1)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    style = f"min-width:{min(width, 620):.0f}px;max-width:{width * 1.3:.0f}px"
     return svg.replace(figures.INK, "currentColor").replace(
-        "<svg", f'<svg role="img" aria-label="{html.escape(title)}" style="min-width:{min(width, 620):.0f}px"', 1)
+        "<svg", f'<svg role="img" aria-label="{html.escape(title)}" style="{style}"', 1)
 
 
 def explorer(made, n):
@@ -471,20 +472,23 @@ def explorer(made, n):
     at_expected = claims.shared(label, made["expected"]) if made["expected"] else None
     rows = [row for d in range(len(label["domains"])) for row in np.flatnonzero(label["domain"] == d)[:n]]
 
+    def lane(losses, routes):
+        return {"loss": (1000 * losses.astype(float)).round().astype(int).tolist(),
+                "route": "".join(map(str, routes.ravel()))}
+
     def lanes(arrays, row):
-        return {str(name): {"loss": [round(1000 * float(x)) for x in arrays["losses"][i][row]],
-                            "route": "".join(map(str, arrays["routes"][i][row].ravel()))}
+        return {str(name): lane(arrays["losses"][i][row], arrays["routes"][i][row])
                 for i, name in enumerate(arrays["labels"]) if "-" not in str(name)}
     sequences = []
     for row in rows:
+        routers = sorted(made["routers"].items() if where is not None else [],
+                         key=lambda item: not item[0].startswith("linear"))  # the paper's first
         sequences.append({
             "domain": str(label["domains"][label["domain"][row]]), "start": made["words"][int(label["idx"][row, 0])],
             "tokens": [made["words"][int(i)] for i in label["targets"][row]], "oracle": lanes(label, row),
             "foresight": lanes(made["expected"], at_expected[row]) if at_expected is not None else {},
-            "routers": {} if where is None else {
-                stem: {"loss": [round(1000 * float(x)) for x in arrays["losses"][where[row]]],
-                       "route": "".join(map(str, arrays["routes"][where[row]].ravel()))}
-                for stem, arrays in sorted(made["routers"].items(), key=lambda item: not item[0].startswith("linear"))}})
+            "routers": {stem: lane(arrays["losses"][where[row]], arrays["routes"][where[row]])
+                        for stem, arrays in routers}})
     return {"layers": int(label["routes"].shape[-1]), "context": str(label["context"]), "sequences": sequences,
             "router_context": "sequential"}
 
@@ -512,7 +516,7 @@ def report(made, findings, drawn, lacking, data_of_explorer):
     counts = {verdict: sum(line["verdict"] == verdict for line in findings)
               for verdict in ("holds", "fails", "undecided", "not tested")}
     tested = [line for line in findings if line["seeds"]]
-    facts = [f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in made["facts"].items()
+    facts = [f"<div><dt>{key}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in made["facts"].items()
              if value is not None]
     story = (f"{len(findings)} lines about the paper's twelve claims: {counts['holds']} hold, {counts['fails']} fail, "
              f"{counts['undecided']} are undecided, {counts['not tested']} not tested. "

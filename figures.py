@@ -11,6 +11,7 @@ which the report replaces by the colour of its text, so that figures follow ligh
 """
 import json
 import math
+import re
 
 import matplotlib
 import numpy as np
@@ -313,7 +314,8 @@ def figure_4c(run):
 
 
 def visible(word):
-    """A token as a label: spaces and line ends shown, what fonts lack replaced."""
+    """A token as a short label: spaces and line ends shown, what fonts lack replaced."""
+    word = word if len(word) < 12 else word[:10] + "…"
     word = word.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     return "".join(c if c.isprintable() and ord(c) < 0x3000 else "�" for c in word)
 
@@ -352,15 +354,18 @@ def figure_5(run, n=32):
 
 
 def lay_out(words, columns, lines):
-    """Where tokens stand in a block of text -> [(token, line, column, piece)], line ends and wraps obeyed."""
+    """Where tokens stand in a block of text -> [(token, line, column, piece)]: line ends, shown as a sign, and wraps
+    obeyed, indentation left out."""
     placed, line, column = [], 0, 0
     for i, word in enumerate(words):
-        for j, part in enumerate(word.replace("\t", "    ").split("\n")):
-            if j:
-                line, column = line + 1, 0
+        for part in re.findall(r"[^\n]+|\n", word.replace("\t", "    ")):
+            if part == "\n":
+                if line < lines and column < columns:
+                    placed.append((i, line, column, "↵"))
+                line, column, part = line + 1, 0, ""
             while part:
                 piece, part = part[:columns - column], part[columns - column:]
-                if line < lines:
+                if line < lines and (piece.strip() or column):
                     placed.append((i, line, column, piece))
                 column += len(piece)
                 if column == columns:
