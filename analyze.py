@@ -125,7 +125,7 @@ def read(config):
         raise UserError(f"--out_dir={config.out_dir}: no such folder; make a run with `python train.py "
                         f"--out_dir={config.out_dir}`")
     model, rest = load_model(folder, device)
-    report = json.loads((folder / "oracle.json").read_text()) if (folder / "oracle.json").exists() else {}
+    report = read_json(folder / "oracle.json", "python oracle.py")
     checkpoint = file_hash(folder / "ckpt.pt") if model else report.get("checkpoint", "")
     report = report if report.get("checkpoint") == checkpoint else {}
     metrics, found = read_jsonl(folder / "metrics.jsonl"), {}
@@ -164,6 +164,14 @@ def read(config):
                       "checkpoint": checkpoint or None}}
     made["base"], made["contexts"] = baselines(made)
     return made
+
+
+def read_json(path, command):
+    """-> the file's content, {} where there is none. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise UserError(f"{path}: is damaged; delete it, and make it again with `{command}`") from None
 
 
 def read_words(folder):
@@ -288,7 +296,7 @@ def time_policies(made, rounds):
     """Forwards of the same batch under each policy, in turns -> what times.json holds. Measured once for a checkpoint
     and a set of policies; delete the file to measure again."""
     path, model, label = made["folder"] / "times.json", made["model"], made["label"]
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = read_json(path, "python analyze.py")
     if old.get("checkpoint") != made["checkpoint"]:
         old = {}
     if not model or not label or not rounds:
@@ -392,10 +400,7 @@ def check(made, path):
 
     def by_name(lines):
         return {line["id"] + (f", {line['router']}" if "router" in line else ""): line for line in lines}
-    try:
-        stored = by_name(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is damaged; make it again with `python analyze.py`") from None
+    stored = by_name(read_json(path, "python analyze.py"))
     found = differences(stored, by_name(find(made)))
     print("\n".join(found + [f"{path}: " + (f"{len(found)} differences" if found else "agrees with the raw files")]))
     return 1 if found else 0
@@ -414,8 +419,8 @@ def in_words(line):
 def shown(line):
     if line["effect"] is None:
         return ""
-    low, high = (math.nan if v is None else v for v in line["ci"])
-    return f"{line['effect']:+.3f} ({low:+.3f} to {high:+.3f})"
+    known = None not in line["ci"]
+    return f"{line['effect']:+.3f} (" + ("{:+.3f} to {:+.3f}".format(*line["ci"]) if known else "no interval") + ")"
 
 
 def seeds_of(lines):
