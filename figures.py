@@ -504,9 +504,9 @@ def pareto(run):
             axis.grid()
     sizes = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for *_, losses in routers
             for i in (1, 2)]
-    fixed = base.get("fixed", (np.zeros((1, L + 1)), np.array([0])))
-    sizes += [abs(float(np.nanmean(minus_big(*fixed), 0)[min(2, L)]))]
-    span = max(0.02, 1.3 * np.nanmax(sizes))
+    if "fixed" in base:
+        sizes.append(abs(minus_big(*base["fixed"]).mean(0)[min(2, L)]))
+    span = max(0.02, 1.3 * max([size for size in sizes if np.isfinite(size)], default=0))
     for axis in axes[1]:
         axis.set(ylim=(-span, span), title="nearer: policies that do not know the next token")
     axes[0, 0].set_title("all policies, both domains")
