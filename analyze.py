@@ -10,7 +10,7 @@ are read, and the page is put together from report_template.html.
 
 Files: out_dir/findings.json, a list of {id, claim, effect, ci, seeds, verdict, command, detail, ...}: F1..F12, those
 about routers once for each kind (`router`); verdict is holds, fails, undecided or not tested (then `missing` says what
-is). out_dir/figures/<name>.png. out_dir/report.html, one file, no network. out_dir/times.json: {checkpoint, device,
+is); sequences: how many the intervals are over. out_dir/figures/<name>.png. out_dir/report.html, one file, no network. out_dir/times.json: {checkpoint, device,
 batch, times {policy: [median, quartiles] of its time / all-big's}}; out_dir/comparisons.npz: losses per sequence [S] of
 dense and all_big, of freeze and joint, the hashes of those runs' checkpoints, and the command.
 """
@@ -333,36 +333,39 @@ def find(made):
     """Every claim, from the raw files -> the lines of findings.json, in the order of CLAIMS."""
     found = {}
 
-    def add(lines):
+    def add(lines, text):
         for line in lines:
-            found.setdefault((line["id"], line.get("router")), line)
+            found.setdefault((line["id"], line.get("router")), line | {"sequences": len(text)})
     searches = [arrays for arrays in made["files"].values() if str(arrays["choices"]) == "sb"
                 and str(arrays["criterion"]) == "label" and str(arrays["search"]) == "exhaustive"]
     searches.sort(key=lambda arrays: (str(arrays["context"]) == "frozen", -arrays["idx"].size))
     for label in [made["label"]] * bool(made["label"]) + searches:  # a claim is taken from the first file that has it
-        add(claims.find_claims(label, made["all_patterns"][str(label["context"])], {}))
+        add(claims.find_claims(label, made["all_patterns"][str(label["context"])], {}), label["idx"])
         if figures.has(label, "0", "any"):
             small, free = (figures.lane(label, name)[1].astype(float) for name in ("0", "any"))
             add([claims.f11(small, free) | {"context": str(label["context"]),
                                             "command": figures.notes_of(label)["command"]}]
-                if ("F11", None) not in found else [])
-    add(claims.find_claims({}, {}, made["skip"]))
+                if ("F11", None) not in found else [], label["idx"])
+    add(claims.find_claims({}, {}, made["skip"]), made["skip"].get("idx", ()))
     if made["routers"]:
         model = made["model"]  # without it nothing says what fixed patterns cost on the routers' text
         base = {key: value for key, value in made["base"].items() if model and key != "expected"}
         add(claims.router_findings(list(made["routers"].values()), base, made["contexts"],
-                                   (model.flops(SMALL), model.flops(BIG)) if model else None, made["seed"]))
+                                   (model.flops(SMALL), model.flops(BIG)) if model else None, made["seed"]),
+            made["windows"]["idx"])
     pairs = made["comparisons"]
     if pairs:
         line = claims.f12(*(pairs.get(key) for key in ("all_big", "dense", "joint", "freeze")))
         add([line | {"context": "sequential", "command": str(pairs["command"]),
-                     "other_seeds": {key: int(pairs[key]) for key in pairs if key.endswith("_seed")}}])
+                     "other_seeds": {key: int(pairs[key]) for key in pairs if key.endswith("_seed")}}],
+            next(pairs[key] for key in ("all_big", "joint") if key in pairs))
     lines = []
     for id, (claim, what) in CLAIMS.items():
         mine = sorted((line for (other, _), line in found.items() if other == id),
                       key=lambda line: (line.get("router") != "linear", line.get("router")))
         lines += [line | {"seeds": [made["seed"]]} for line in mine] or [
-            {"id": id, "claim": claim, "effect": None, "ci": [None, None], "seeds": [], "verdict": "not tested",
+            {"id": id, "claim": claim, "effect": None, "ci": [None, None], "seeds": [], "sequences": 0,
+             "verdict": "not tested",
              "command": made["commands"][what], "missing": missing(made, id), "detail": None}]
     return json.loads(json.dumps(claims.without_nan(json.loads(json.dumps(lines, default=float)))))
 
@@ -412,8 +415,8 @@ def in_words(line):
     if line["verdict"] == "not tested":
         return f"{who}: not tested here; missing: {line['missing']}."
     word = {"holds": "our run agrees", "fails": "our run disagrees", "undecided": "our run cannot tell"}
-    return (f"{who}, “{line['claim']}”: {word[line['verdict']]} ({shown(line)}; {line['context']} context, "
-            f"{seeds_of([line])}).")
+    return (f"{who}, “{line['claim']}”: {word[line['verdict']]} ({shown(line)}; {line['sequences']} sequences, "
+            f"{line['context']} context, {seeds_of([line])}).")
 
 
 def shown(line):
@@ -511,6 +514,7 @@ def table(findings):
             f'<td data-label="verdict"><span class="verdict {line["verdict"].replace(" ", "-")}">{line["verdict"]}'
             f'</span></td><td data-label="effect">{html.escape(shown(line)) or "none"}</td>'
             f'<td data-label="context">{html.escape(line.get("context", "none"))}</td>'
+            f'<td data-label="sequences">{line["sequences"]}</td>'
             f'<td data-label="base seeds">{seeds}</td><td data-label="made by"><details><summary>command</summary>'
             f'<code>{html.escape(line["command"])}</code><p class="detail">{more}</p></details></td></tr>')
     return "\n".join(rows)
