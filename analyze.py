@@ -8,11 +8,12 @@ Reads metrics.jsonl, oracle/*.npz, oracle.json, routers/*.npz, tokenizer.json an
 there is not drawn, and the report names the command that makes it. figures.py draws, claims.py judges; here the files
 are read, and the page is put together from report_template.html.
 
-Files: out_dir/findings.json, a list of {id, claim, effect, ci, seeds, verdict, command, detail, ...}: F1..F12, those
-about routers once for each kind (`router`); verdict is holds, fails, undecided or not tested (then `missing` says what
-is); sequences: how many the intervals are over. out_dir/figures/<name>.png. out_dir/report.html, one file, no network. out_dir/times.json: {checkpoint, device,
-batch, times {policy: [median, quartiles] of its time / all-big's}}; out_dir/comparisons.npz: losses per sequence [S] of
-dense and all_big, of freeze and joint, the hashes of those runs' checkpoints, and the command.
+Files: out_dir/findings.json, a list of {id, claim, effect, ci, seeds, sequences, verdict, command, ...}: F1..F12, those
+about routers once for each kind (`router`). verdict is holds, fails, undecided or not tested (then `missing` says
+what is); sequences: how many the interval is over, the fewest where parts differ.
+out_dir/figures/<name>.png. out_dir/report.html, one file, no network. out_dir/times.json: {checkpoint, device, batch,
+times {policy: [median, quartiles] of its time / all-big's}}. out_dir/comparisons.npz: losses per sequence [S] of dense
+and all_big, of freeze and joint, the hashes of those runs' checkpoints, and the command.
 """
 import html
 import io
@@ -350,9 +351,10 @@ def find(made):
     if made["routers"]:
         model = made["model"]  # without it nothing says what fixed patterns cost on the routers' text
         base = {key: value for key, value in made["base"].items() if model and key != "expected"}
-        add(claims.router_findings(list(made["routers"].values()), base, made["contexts"],
-                                   (model.flops(SMALL), model.flops(BIG)) if model else None, made["seed"]),
-            made["windows"]["idx"])
+        for line in claims.router_findings(list(made["routers"].values()), base, made["contexts"],
+                                           (model.flops(SMALL), model.flops(BIG)) if model else None, made["seed"]):
+            known = [made["base"][policy][1] for policy in claims.COMPARED[line["id"]]]
+            add([line], min([made["windows"]["idx"], *known], key=len))
     pairs = made["comparisons"]
     if pairs:
         line = claims.f12(*(pairs.get(key) for key in ("all_big", "dense", "joint", "freeze")))
