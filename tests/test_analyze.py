@@ -244,6 +244,12 @@ def test_tokens_of_figures_5_to_7(made, toy):
     _, (axis,), _ = drawn(made, "figure_5")
     assert (curves(axis)["oracle"][1] <= curves(axis)["all-small"][1] + 1e-6).all()
     np.testing.assert_allclose(curves(axis)["all-big"][1], label["losses"][-1][row], rtol=1e-6)
+    _, axes, _ = drawn(made, "figure_6")
+    small, free = (label["losses"][list(label["labels"]).index(name)][row] for name in ("0", "any"))
+    tokens = [token for token, *_ in figures.lay_out([made["words"][i] for i in label["targets"][row]], 64, 16)]
+    for axis, values in zip(axes, (small, small - free), strict=True):  # the more, the darker
+        expected = (values / np.quantile(values, 0.95)).clip(0, 1)[tokens] * 0.75
+        np.testing.assert_allclose([patch.get_facecolor()[3] for patch in axis.patches], expected, atol=0.02)
     _, axes, caption = drawn(made, "figure_7")
     linear = arrays(toy / "run" / "routers" / "linear_k4_s1.npz")
     routes = linear["routes"][figures.example(made, linear["idx"], linear["domain"], "text")]
