@@ -214,9 +214,11 @@ def baselines(made):
     base, contexts = base | oracle, contexts | dict.fromkeys(oracle, context)
     expected = made["expected"]
     rows = claims.shared(expected, windows) if expected else None
-    ks = [str(k) for k in range(base["oracle"][0].shape[1])] if oracle else ["none"]
-    if rows is not None and figures.has(expected, *ks):
-        losses = np.stack([figures.lane(expected, k)[1].mean(-1) for k in ks], 1)
+    if rows is not None:
+        losses = np.full((len(rows), expected["routes"].shape[-1] + 1), np.nan)  # nan: a k that was not searched
+        for k in range(losses.shape[1]):
+            if figures.has(expected, str(k)):
+                losses[:, k] = figures.lane(expected, str(k))[1].mean(-1)
         base["expected"], contexts["expected"] = (losses, rows), str(expected["context"])
     return base, contexts
 

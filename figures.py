@@ -219,8 +219,9 @@ POLICIES = {"random": "random", "best100_data_set": "best of 100", "fixed": "fix
 
 
 def on_common_windows(run):
-    """-> rows [n], the windows on which all policies are known, and {policy: losses per sequence [n, L + 1]}"""
-    base = {key: run["base"][key] for key in POLICIES if key in run["base"] and np.isfinite(run["base"][key][0]).all()}
+    """-> rows [n], the windows on which all policies are known, and {policy: losses per sequence [n, L + 1], nan at a k
+    that was not searched}"""
+    base = {key: run["base"][key] for key in POLICIES if key in run["base"] and np.isfinite(run["base"][key][0]).any()}
     need(base.get("oracle"), "no search of all budgets", run["commands"]["oracle"])
     rows = np.arange(len(run["windows"]["idx"]))
     for _, which in base.values():
@@ -245,6 +246,7 @@ def figure_4a(run):
     rows, base = on_common_windows(run)
     domain, domains, L = run["windows"]["domain"][rows], run["windows"]["domains"], base["oracle"].shape[1] - 1
     k = min(6, L // 2)
+    base = {key: values for key, values in base.items() if np.isfinite(values[:, k]).all()}
     routers = [(name, spent, losses) for name, budget, spent, losses in router_points(run, rows) if budget == k]
     figure, axes = grid_of(1, len(domains), height=3.6)
     names = [POLICIES[key] for key in POLICIES if key in base] + [f"router: {name}" for name, _, _ in routers]
@@ -274,7 +276,8 @@ def figure_4b(run):
     for d, axis in enumerate(axes[0]):
         here = domain == d
         for key in base:
-            band(axis, ks, base[key][here], POLICIES[key], np.exp)
+            there = np.isfinite(base[key]).all(0)
+            band(axis, ks[there], base[key][here][:, there], POLICIES[key], np.exp)
         for i, (name, group) in enumerate(grouped(routers)):
             for spent, losses in group:
                 point(axis, spent[here].mean(), np.exp(interval(losses[here])), "router", label=f"router: {name}",
