@@ -1,5 +1,5 @@
 """From the files of oracle.py and router.py to their tables: intervals by bootstrap over sequences, and the paper's
-claims (F1..F10).
+claims (F1..F12).
 
 Everything is paired: policies are compared on the same tokens, and a resample draws the same sequences for all of them.
 An estimate is a function of means over sequences; the function gets an array [..., q] of q means, and is applied to the
@@ -180,6 +180,51 @@ def f10(skip):
     return finding("F10", "skipping is not early exit, and skips attract skips", parts,
                    {"share_that_skip_a_suffix": share, "over_depth": depth, "over_positions": positions,
                     "never_skipped_to_always": skip.mean((0, 1)).round(3).tolist(), "layers": L}, unit="probability")
+
+
+def midranks(inverse, weight):
+    """inverse: for each value the place of its kind among the sorted distinct ones (np.unique); weight: how often each
+    value is there -> the share of values below it, ties counted half: 0..1"""
+    of_kind = np.bincount(inverse, weight)
+    return ((of_kind.cumsum() - of_kind / 2) / weight.sum())[inverse]
+
+
+def f11(small, oracle, resamples=RESAMPLES):
+    """small, oracle [S, T]: losses per token, all-SMALL and of the unconstrained oracle. Ranks are not means, so each
+    resample is ranked anew: a token counts as often as its sequence was drawn."""
+    S, T = small.shape
+    inverse = [np.unique(x, return_inverse=True)[1].ravel() for x in (small, small - oracle)]
+
+    def statistics(counts):
+        """counts [S] -> Spearman's correlation of loss and gap; of the top tenth by loss, the lower half by gap"""
+        weight = np.repeat(counts.astype(float), T)
+        u, v = (midranks(x, weight) for x in inverse)
+        # Spearman: the correlation of the ranks, whose mean is 1/2
+        covariance, *variances = (np.sum(weight * (a - 0.5) * (b - 0.5)) for a, b in ((u, v), (u, u), (v, v)))
+        top = weight * (u > 0.9)
+        with np.errstate(invalid="ignore"):  # all alike: no correlation
+            return covariance / np.sqrt(variances[0] * variances[1]), (top * (v < 0.5)).sum() / top.sum()
+    point, drawn = statistics(np.ones(S)), [(float("nan"),) * 2] * 2
+    if S > 1:
+        counts = np.random.default_rng(0).multinomial(S, [1 / S] * S, size=resamples)
+        drawn = np.percentile([statistics(row) for row in counts], [2.5, 97.5], axis=0)
+    rank, share = ((float(point[i]), float(drawn[0][i]), float(drawn[1][i])) for i in (0, 1))
+    return finding("F11", "difficulty is not loss", [below(rank, 0.9), above(share, 0.1)],
+                   {"rank_correlation_of_loss_and_gap": rank, "lower_half_by_gap_among_top_tenth_by_loss": share})
+
+
+def f12(all_big=None, dense=None, joint=None, freeze=None):
+    """Losses per sequence [S]: this run at all-big and a dense model of its size; at random k = L / 2 this run and one
+    whose SMALL FFNs were trained beside frozen BIG ones. With one half only the claim cannot hold."""
+    parts, detail = [], {}
+    if dense is not None:
+        parts.append(below(interval(all_big - dense), 0.05))
+        detail["all_big_minus_dense"] = interval(all_big - dense)
+    if freeze is not None:
+        parts.append(interval(freeze - joint))
+        detail["freeze_then_small_minus_joint"] = parts[-1]
+    line = finding("F12", "Duo at all-big is near dense; joint training beats freeze-then-small", parts, detail)
+    return line | {"verdict": "undecided"} if len(parts) < 2 and line["verdict"] == "holds" else line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,6 +573,21 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def router_findings(evaluated, base, contexts, flops, base_seed):
+    """The claims about each kind of {SMALL, BIG} router -> findings. evaluated: the arrays of routers/*.npz, of the
+    same windows; base, contexts, the oracle's included, and flops: see router_rows."""
+    kinds, found = {}, []
+    for arrays in evaluated:
+        notes = json.loads(str(arrays["notes"]))
+        if notes["choices"] == "sb":
+            kinds.setdefault(notes["name"], {})[notes["budget"], notes["seed"]] = arrays
+    for name, files in kinds.items():
+        found += router_claims(name, files, base, flops)
+    return without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
+                                "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
+                        for line in found])
+
+
 def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
     """Read out_dir/routers/*.npz of this checkpoint and of the windows idx, and write routers.json and
     router_findings.json -> rows, findings. Rows about other checkpoints, or whose file holds other windows, stay.
@@ -536,13 +596,12 @@ def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
     oracle, context = oracle_losses(folder / "oracle", checkpoint, idx)
     base, contexts = base | oracle, contexts | dict.fromkeys(oracle, context)
     controls = last_report(folder, checkpoint).get("controls", {})
-    rows, kinds, found = [], {}, []
+    rows, evaluated = [], []
     for file in sorted((folder / "routers").glob("*.npz")):
         arrays = load(file, checkpoint)
         if arrays and np.array_equal(arrays["idx"], idx):
             rows += router_rows(arrays, base, contexts, controls, flops)
-            if rows[-1]["choices"] == "sb":
-                kinds.setdefault(rows[-1]["name"], {})[rows[-1]["budget"], rows[-1]["seed"]] = arrays
+            evaluated.append(arrays)
     rows = without_nan(rows)
 
     def key(row):
@@ -550,11 +609,7 @@ def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
     old = json.loads(path.read_text()) if path.exists() else []
     new = {key(row) for row in rows}
     write_atomic(path, json.dumps([row for row in old if key(row) not in new] + rows, indent=1).encode())
-    for name, files in kinds.items():
-        found += router_claims(name, files, base, flops)
-    found = without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
-                                 "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
-                         for line in found])
+    found = router_findings(evaluated, base, contexts, flops, base_seed)
     write_atomic(folder / "router_findings.json", json.dumps(found, indent=1).encode())
     return rows, found
 

@@ -29,6 +29,8 @@ case "${1-}" in
     "")   "$venv/bin/python" train.py --resume
           "$venv/bin/python" sample.py --route=random
           "$venv/bin/python" oracle.py
-          echo "for more: source $venv/bin/activate, then python sample.py --compare" ;;
+          "$venv/bin/python" router.py
+          echo "for more: source $venv/bin/activate, then python sample.py --compare"
+          "$venv/bin/python" analyze.py ;;  # its last line is the report's path
     test) shift; "$venv/bin/python" -m pytest "$@" ;;
 esac

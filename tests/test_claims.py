@@ -305,6 +305,68 @@ def test_suffix_share_by_hand():
     assert share == low == high == 3 / 8  # 000111, 111111, 000001; no skip is no exit
 
 
+def slow_f11(small, oracle):
+    """Ranks by counting pairs, no weights -> Spearman's correlation, share"""
+    loss, gap = small.ravel(), (small - oracle).ravel()
+    u, v = ([((x < a).sum() + (x == a).sum() / 2) / len(x) for a in x] for x in (loss, gap))
+    top = [b for a, b in zip(u, v, strict=True) if a > 0.9]
+    return np.corrcoef(u, v)[0, 1], sum(b < 0.5 for b in top) / len(top)
+
+
+def test_f11_against_the_slow_way():
+    """Also the intervals: a resample's ranks are those of a text in which its sequences stand as often as drawn."""
+    small = rng(1).integers(0, 40, (6, 20)) / 2  # ties
+    oracle = small - rng(2).integers(0, 5, small.shape) / 2
+    line = claims.f11(small, oracle, resamples=50)
+    detail = line["detail"]
+    assert list(detail) == ["rank_correlation_of_loss_and_gap", "lower_half_by_gap_among_top_tenth_by_loss"]
+    assert [part[0] for part in detail.values()] == pytest.approx(slow_f11(small, oracle))
+    drawn = []
+    for counts in np.random.default_rng(0).multinomial(6, [1 / 6] * 6, size=50):
+        rows = np.repeat(np.arange(6), counts)
+        drawn.append(slow_f11(small[rows], oracle[rows]))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    for i, key in enumerate(detail):
+        assert detail[key][1:] == pytest.approx((low[i], high[i]))
+
+
+@pytest.mark.parametrize("gap, expected", [
+    (lambda small, g: g.uniform(0, 1, small.shape), "holds"),  # independent: half of the hard ones lie low
+    (lambda small, g: small * 0.3, "fails"),  # the same order
+    (lambda small, g: np.where(small > 5.4, 0, small), "holds"),  # what is hardest stays hard
+    (lambda small, g: small * (1 + g.normal(0, 1e-3, small.shape)), "fails"),
+    # of 100 positions the first ten are the hardest: one of them lies low, 10%, which is the bound
+    (lambda small, g: np.where((np.arange(100) == 0) | (g.random(small.shape) < 0.003), 0, g.uniform(0.6, 1, (40, 100)))
+     * np.where(np.arange(100) < 10, 1, 0.5), "undecided"),
+])
+def test_f11(gap, expected):
+    small = rng(1).uniform(0, 6, (40, 100))
+    small[:, :10] = rng(3).uniform(6, 7, (40, 10))
+    line = claims.f11(small, small - gap(small, rng(2)), resamples=200)
+    assert line["id"] == "F11" and line["verdict"] == expected
+
+
+def test_f11_of_one_sequence_is_undecided():
+    small = rng(1).uniform(0, 6, (1, 100))
+    line = claims.f11(small, small - rng(2).uniform(0, 1, small.shape))
+    assert line["verdict"] == "undecided" and math.isnan(line["ci"][0])
+
+
+@pytest.mark.parametrize("dense, freeze, expected", [
+    (0.0, 0.2, "holds"), (-0.03, 0.2, "holds"),  # all-big is 0.03 worse
+    (-0.2, 0.2, "fails"), (0.0, -0.2, "fails"), (-0.05, 0.2, "undecided"), (0.0, 0.0, "undecided"),
+    (0.0, None, "undecided"), (-0.2, None, "fails"), (None, 0.2, "undecided"), (None, -0.2, "fails"),
+])
+def test_f12(dense, freeze, expected):
+    base, g = rng(1).normal(3, 1, 50), rng(2)
+    line = claims.f12(base + g.normal(0, 0.01, 50), None if dense is None else base + dense, base + 0.1,
+                      None if freeze is None else base + 0.1 + freeze + g.normal(0, 0.01, 50))
+    assert line["verdict"] == expected and line["id"] == "F12"
+    assert ("all_big_minus_dense" in line["detail"]) == (dense is not None)
+    if dense is not None:
+        assert line["detail"]["all_big_minus_dense"][0] == pytest.approx(-dense, abs=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # which sequences
 

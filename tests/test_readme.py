@@ -14,7 +14,7 @@ from common import parse_config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig",
-           "oracle": "OracleConfig", "router": "RouterConfig"}
+           "oracle": "OracleConfig", "router": "RouterConfig", "analyze": "AnalyzeConfig"}
 COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+\.py[^`|#\n]*)", README)))
 
 
