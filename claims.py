@@ -573,16 +573,25 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def router_findings(evaluated, base, contexts, flops, base_seed):
+def ends(arrays):
+    """A router's npz file without SKIPs -> FLOPs of all-SMALL and of all-BIG per token: they rise evenly with BIG."""
+    big, flops = (arrays["routes"] == BIG).sum(-1).ravel(), arrays["flops"].ravel().astype(np.float64)
+    few, many = big.argmin(), big.argmax()
+    step = (flops[many] - flops[few]) / max(1, big[many] - big[few])
+    small = flops[few] - step * big[few]
+    return small, small + step * arrays["routes"].shape[-1]
+
+
+def router_findings(evaluated, base, contexts, base_seed):
     """The claims about each kind of {SMALL, BIG} router -> findings. evaluated: the arrays of routers/*.npz, of the
-    same windows; base, contexts, the oracle's included, and flops: see router_rows."""
+    same windows; base, contexts, the oracle's included: see router_rows."""
     kinds, found = {}, []
     for arrays in evaluated:
         notes = json.loads(str(arrays["notes"]))
         if notes["choices"] == "sb":
             kinds.setdefault(notes["name"], {})[notes["budget"], notes["seed"]] = arrays
     for name, files in kinds.items():
-        found += router_claims(name, files, base, flops)
+        found += router_claims(name, files, base, ends(next(iter(files.values()))))
     return without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
                                 "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
                         for line in found])
@@ -609,7 +618,7 @@ def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
     old = json.loads(path.read_text()) if path.exists() else []
     new = {key(row) for row in rows}
     write_atomic(path, json.dumps([row for row in old if key(row) not in new] + rows, indent=1).encode())
-    found = router_findings(evaluated, base, contexts, flops, base_seed)
+    found = router_findings(evaluated, base, contexts, base_seed)
     write_atomic(folder / "router_findings.json", json.dumps(found, indent=1).encode())
     return rows, found
 

@@ -20,7 +20,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 
-from claims import at_budget, interval
+from claims import at_budget, interval, number
 from model import BIG, SKIP, SMALL
 
 INK = "#10233f"
@@ -69,8 +69,9 @@ def band(axis, x, samples, policy, transform=lambda m: m, **options):
 
 def point(axis, x, part, policy, x_part=None, **options):
     """A point with its interval: part (estimate, low, high); x_part the same of x."""
-    def bars(value):
-        return np.nan_to_num(np.abs(np.array([[value[0] - value[1]], [value[2] - value[0]]])))
+    def bars(interval):
+        value, low, high = map(number, interval)
+        return np.nan_to_num(np.abs(np.array([[value - low], [high - value]])))
     style = {"color": COLOUR[policy], "marker": MARKER[policy], "ms": 6, "lw": 1.2, "capsize": 2, "ls": "none"}
     axis.errorbar([x], [part[0]], bars(part), None if x_part is None else bars(x_part), **style | options)
 
@@ -483,7 +484,7 @@ def pareto(run):
     for near, row in enumerate(axes):
         for axis, by_time in zip(row, (False, True)):
             for key, policy in POLICIES.items():
-                if key not in base or (near and key != "fixed"):
+                if key not in base or (near and key not in ("fixed", "expected")):
                     continue
                 values, which = base[key]
                 ks = np.flatnonzero(np.isfinite(values).all(0))
@@ -511,9 +512,9 @@ def pareto(run):
         sizes.append(abs(minus_big(*base["fixed"]).mean(0)[min(2, L)]))
     span = max(0.02, 1.3 * max([size for size in sizes if np.isfinite(size)], default=0))
     for axis in axes[1]:
-        axis.set(ylim=(-span, span), title="nearer: policies that do not know the next token")
+        axis.set(ylim=(-0.7 * span, span), title="nearer: policies that do not know the next token")
     axes[0, 0].set_title("all policies, both domains")
-    legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0], columns=2 * columns)
     text = "Left: what a budget buys. " if run["times"] else "What a budget buys. "
     if run["times"]:
         text += (f"Right: what it costs in time on {run['times_on']['device']}, {run['times_on']['batch']}, each "

@@ -653,7 +653,7 @@ def main(argv=None):
                      for context, tokens, train_tokens in baselines if L <= 14]
         quality_tokens = min(quality_tokens, r.holds() // 8)
         last = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
-        if last and (last[0]["asked"], last[0]["domains"]) == (quality_tokens, r.domains):
+        if last and (last[0]["asked"], last[0].get("domains")) == (quality_tokens, r.domains):
             quality_tokens = 0
     total = 0  # what the bar counts: tokens times budgets, in units of 2^L routes (see work)
     for j in jobs:

@@ -140,20 +140,20 @@ def controls():
 
 def findings():
     """Each claim on the H100 and on the laptop: the part that is furthest from being met."""
-    h100, routed, cpu = (json.loads((HERE / name).read_text())["findings"]
-                         for name in ("h100_oracle.json", "h100_routers.json", "cpu_oracle.json"))
-    runs = [{line["id"]: line for line in lines}
-            for lines in (h100 + [line for line in routed if line["router"] == "mlp"], cpu)]
+    runs = []
+    for name, router in (("h100_findings.json", "mlp"), ("cpu_findings.json", "linear")):
+        lines = json.loads((HERE / name).read_text())
+        runs.append({line["id"]: line for line in lines if line.get("router", router) == router})
 
     def shown(line):
+        if line["verdict"] == "not tested":
+            return "not tested"
         where = ", frozen" if line["context"] == "frozen" else ""
         value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
-    ids = sorted({id for run in runs for id in run}, key=lambda id: (int(id.split()[0][1:]), id))
-    claims = {id: line["claim"] for run in runs for id, line in run.items()}
-    units = {id: line["unit"] for run in runs for id, line in run.items()}
     return markdown(["claim", "unit", "one H100", "laptop"],
-                    [[f"{id}: {claims[id]}", units[id], *(shown(run[id]) if id in run else "" for run in runs)] for id in ids])
+                    [[f"{id}: {line['claim']}", line["unit"], shown(runs[0][id]), shown(line)]
+                     for id, line in runs[1].items()])
 
 
 def routers():
