@@ -78,7 +78,15 @@ def oracle_numbers():
 
     def shown(part):
         return "{:.3f} ({:.3f} to {:.3f})".format(*part)
-    return [f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
+    reached = {line["budget"]: -line["versus"]["fixed"][0] for line in results("h100_routers.json")["rows"]
+               if (line["name"], line["domain"]) == ("mlp", "all")}
+    half = next(line for line in results("h100_inference.json")["inference"]
+                if (line["route"], line["width"]) == ("half-big", 1024))
+    return [f"gains {row['gain'][0]:.3f} nats over the best fixed pattern at 6", f"At most {row['hindsight'][0]:.3f}",
+            f"{row['foresight'][0]:.3f} could be foreseen",
+            f"{reached[6]:.3f} of it at k = 6, {reached[4]:.3f} at k = 4",
+            f"saves {half['flops_saved']:.0%} of a forward's FLOPs and {half['time_saved']:.0%} of its time",
+            f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
             f"gains {row['gain'][0]:.3f} nats, of which {shown(row['foresight'])} could be foreseen",
             f"which itself is {apart:.2f} nats better", f"up to {row['hindsight'][0]:.3f} is hindsight",
             f"gain {gained:.2f} nats over all-big, with {least['k']} BIG layers",
