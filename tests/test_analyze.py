@@ -303,7 +303,7 @@ def test_planted_effects_are_found(tmp_path):
         assert found[id]["claim"] == analyze.CLAIMS[id][0]  # one wording, tested or not
     for id in ("F4", "F5", "F7", "F8", "F12"):
         assert found[id]["seeds"] == [] and found[id]["missing"] and found[id]["command"].startswith("python ")
-    assert "8 hold, 0 fail, 0 are undecided, 5 not tested" in (tmp_path / "report.html").read_text()
+    assert "8 hold, 0 fail, 0 undecided, 5 not tested" in (tmp_path / "report.html").read_text()
     assert code == 0 and printed.endswith(f"{tmp_path}/report.html\n")
 
 
