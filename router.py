@@ -489,8 +489,9 @@ class Joint(nn.Module):
         B, T, L = config.batch_size, config.block_size, config.n_layer
         rng, n_big = generator(device, config.seed, "route", step), self.budget[0]
         noise = None if config.name == "linear" else gumbel_noise(B, T, L, rng)
-        k = torch.full((B,), n_big, device=device) if n_big is not None else torch.randint(1, L + 1, (B,), generator=rng,
-                                                                                           device=device)
+        k = torch.full((B,), n_big or 0, device=device)
+        if n_big is None:
+            k.random_(1, L + 1, generator=rng)
         done = step / max(1, config.max_steps - 1)
         values = [torch.full((), value, device=device) for value in schedule(config, done)]
         first = rank * (B // world)
@@ -714,6 +715,8 @@ def train_jointly(config):
     budgets = [(None, None)] if config.budget == "any" else parse_budgets(config.budget, L, config.choices)
     if len(budgets) > 1:
         raise UserError(f"--budget={config.budget}: --joint trains for one budget, or for any")
+    if config.train_route != "random":
+        raise UserError(f"--train_route={config.train_route}: with --joint the router routes; leave it out")
     result = train.train(config, lambda model: Joint(model, config, budgets[0]))
     train.leave()
     if result is None:
