@@ -24,11 +24,9 @@ SEEDS, K = (1, 2, 3), 4
 
 
 def run(main, out_dir, *flags):
-    """Train into out_dir unless that is done; the script ends where it is interrupted."""
-    if not (out_dir / "ckpt.pt").exists() or load_run(out_dir, "cpu")[2]["step"] < json.loads(
-            (out_dir / "config.json").read_text())["max_steps"]:
-        if main([*flags, "--resume", f"--out_dir={out_dir}"]):
-            sys.exit(130)
+    """Train into out_dir, or go on there; a finished run says so and stays. The script ends where it is interrupted."""
+    if main([*flags, "--resume", f"--out_dir={out_dir}"]):
+        sys.exit(130)
 
 
 @torch.no_grad()
@@ -37,9 +35,9 @@ def dense_losses(out_dir, file):
     device = find_device("auto")
     model = load_run(out_dir, device)[0]
     model.compute_dtype = torch.float32  # as routers are evaluated
-    parts = [model(*(torch.from_numpy(file[key][i:i + 32]).to(device) for key in ("idx",)), BIG,
-                   torch.from_numpy(file["targets"][i:i + 32]).to(device), reduction="none")[1].double().mean(-1).cpu()
-             for i in range(0, len(file["idx"]), 32)]
+    idx, targets = (torch.from_numpy(file[key]).to(device) for key in ("idx", "targets"))
+    parts = [model(idx[i:i + 32], BIG, targets[i:i + 32], reduction="none")[1].double().mean(-1).cpu()
+             for i in range(0, len(idx), 32)]
     return torch.cat(parts).numpy(), model.flops(BIG)
 
 
