@@ -65,7 +65,7 @@ from common import (
     run,
     save_checkpoint,
 )
-from model import BIG, SKIP, SMALL, KVCache, ReadOutLoss
+from model import BIG, SKIP, SMALL, KVCache, ReadOutLoss, random_route
 from oracle import LETTERS, OracleConfig, Run, kept, signature, write_npz
 from search import Search
 
@@ -281,7 +281,8 @@ def labels(model, idx, targets, share, choices, positions, n_routes, temperature
     for t in where.tolist():
         search = Search(model, idx[:, t], past[..., :t, :], model.embedding.weight[targets[:, t]].float().unsqueeze(1))
         if n_routes:
-            routes = draw(n_routes, B, L)
+            # Each choice stands in each layer equally often: what is left of a layer's weights is what it does.
+            routes = random_route(B, n_routes, L, share[SKIP].item(), share[BIG].item(), rng).transpose(0, 1).long()
             weight = (-search.score(routes)[..., -1] / temperature).softmax(0)  # [n_routes, B]
             found.append(torch.einsum("nb,nblc->blc", weight, F.one_hot(routes, 3).float()))
         else:
