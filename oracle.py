@@ -66,6 +66,7 @@ from model import BIG, SKIP, SMALL, KVCache
 from search import Exhaustive, Patterns, Search, allowed, dp, greedy, make_tree, settle
 
 LETTERS = {"x": SKIP, "s": SMALL, "b": BIG}
+BASELINE_WORK, QUALITY_WORK = 3, 20  # for the ETA, per token: multiples of a search over 2^L routes (see work)
 RESCORED = 32  # candidates per budget that are scored again in float32, where the search ran in bfloat16
 
 
@@ -111,8 +112,8 @@ class Job:
 # What `python oracle.py` does: baselines (context, tokens per domain of validation and of training text), the searches,
 # and tokens for the quality of the searches. A corpus that holds less is searched whole.
 PLANS = {
-    "gpu": ([("sequential", 131072, 32768), ("frozen", 32768, 16384)], [
-        Job(131072, budgets="all,6-2,2-6"), Job(32768, budgets="2,4,6,8,10", criterion="expected"),
+    "gpu": ([("sequential", 32768, 32768), ("frozen", 32768, 16384)], [
+        Job(32768, budgets="all,6-2,2-6"), Job(32768, budgets="2,4,6,8,10", criterion="expected"),
         Job(32768, budgets="2,4,6,8,10", criterion="split"), Job(32768, "frozen"),
         Job(32768, "frozen", criterion="expected"), Job(32768, "frozen", criterion="split"),
         Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
@@ -260,8 +261,9 @@ class Run:
         return torch.stack(found)
 
 
-def run_sequential(r, find, idx, targets, directions, budget, bar):
-    """One budget, left to right -> routes [S, T, L], losses [S, T] on the label, and what was noted on the way."""
+def run_sequential(r, find, idx, targets, directions, budget, progress):
+    """One budget, left to right -> routes [S, T, L], losses [S, T] on the label, and what was noted on the way.
+    progress: called with the number of tokens done."""
     (S, T), L, H = idx.shape, r.shape.n_layer, r.shape.n_head
     cache = torch.zeros(2, L, S, H, T, r.shape.n_embd // H, device=r.device)
     fast_cache = cache if r.fast is r.exact else cache.to(r.fast.compute_dtype)
@@ -279,7 +281,7 @@ def run_sequential(r, find, idx, targets, directions, budget, bar):
             notes["flops"] += search.flops
             agreement(r, find, idx[:, t], cache[..., :t, :], directions[:, t], {now: chosen[now][0]}, t, notes)
         notes["flops"] += exact.flops
-        bar.update(S)
+        progress(S)
     plain = torch.cat([r.exact(x, route, y, reduction="none")[1]
                        for x, route, y in zip(idx.split(32), routes.split(32), targets.split(32), strict=True)])
     notes["largest_difference_from_forward"] = (plain - losses).abs().max().item()
@@ -304,7 +306,7 @@ def all_big_past(r, idx):
     return torch.stack((cache.k, cache.v))
 
 
-def run_frozen(r, find, idx, directions, budgets, bar):
+def run_frozen(r, find, idx, directions, budgets, progress):
     """All budgets at once, every earlier token all-BIG -> routes [K, S, T, L], losses [K, S, T], and what was noted."""
     (S, T), L = idx.shape, r.shape.n_layer
     past = all_big_past(r, idx)
@@ -321,7 +323,7 @@ def run_frozen(r, find, idx, directions, budgets, bar):
         if search is not exact:
             agreement(r, find, idx[:, t], past[..., :t, :], directions[:, t], {b: c[0] for b, c in chosen.items()}, t,
                       notes)
-        bar.update(S)
+        progress(S)
     return routes, losses, notes
 
 
@@ -355,6 +357,14 @@ def is_there(path, r, signature):
     return bool(arrays) and str(arrays["signature"]) == signature
 
 
+def work(job, n_layer):
+    """How long a token takes for one budget (sequential) or for all (frozen), as a multiple of 2^L routes: for the ETA,
+    roughly. A frozen search shares its tree, but every budget's best routes are scored again."""
+    n_budgets = len(parse_budgets(job.budgets, n_layer, job.choices))
+    routes = (len(job.choices) / 2) ** n_layer if job.search == "exhaustive" else 1
+    return routes * (1 if job.context == "sequential" else 1 + n_budgets / 3)
+
+
 def run_job(r, job, bar):
     """Search a job's text batch by batch, and write its npz file. Under torchrun each process takes its share of the
     batches; the first one waits for the others and merges."""
@@ -362,12 +372,12 @@ def run_job(r, job, bar):
     idx, targets, _ = r.windows(job.tokens)
     choices = tuple(sorted(LETTERS[letter] for letter in job.choices))
     budgets = parse_budgets(job.budgets, L, job.choices)
-    frozen = job.context == "frozen"
+    frozen, weight = job.context == "frozen", work(job, L)
     sign = signature(r.checkpoint, r.domains, job, (config.width, config.completion) if job.search == "dp" else "",
                      (file_hash(Path(config.reference) / "ckpt.pt"), config.seed) if job.criterion != "label" else "")
     if is_there(r.folder / f"{job.name}.npz", r, sign):
         r.parts += (r.folder / "parts").glob(f"{sign}-*")  # left where an earlier run broke off
-        bar.update(len(idx) * T * (1 if frozen else len(budgets)))
+        bar.update(len(idx) * T * weight * (1 if frozen else len(budgets)))
         return
     size = r.sequences(len(choices) ** L if job.search == "exhaustive" else 4096, len(budgets) if frozen else 1)
     find = {"exhaustive": lambda: Exhaustive(r.fast, choices, max(1, r.rows() // size)),
@@ -376,7 +386,7 @@ def run_job(r, job, bar):
     # A unit of work is a batch and, in the sequential context, one budget.
     units = [(labels, first) for first in range(0, len(idx), size)
              for labels in ([list(budgets)] if frozen else [[label] for label in budgets])]
-    paths = []
+    paths, progress = [], lambda n: bar.update(n * weight)
     bar.set_description(job.name, refresh=False)
     for number, (labels, first) in enumerate(units):
         which = "all" if frozen else labels[0].replace("/", "s")
@@ -390,15 +400,15 @@ def run_job(r, job, bar):
             directions = r.directions(x, y, job.criterion, first)
             if frozen:
                 together = [budget(0.0) for budget in budgets.values()]
-                routes, losses, notes = run_frozen(r, find, x, directions, together, bar)
+                routes, losses, notes = run_frozen(r, find, x, directions, together, progress)
             else:
-                routes, losses, notes = run_sequential(r, find, x, y, directions, budgets[labels[0]], bar)
+                routes, losses, notes = run_sequential(r, find, x, y, directions, budgets[labels[0]], progress)
                 routes, losses = routes[None], losses[None]
             notes |= {"seconds": time.time() - start, "flops": float(notes["flops"])}
             return {"routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "notes": json.dumps(notes)}
         done = bar.n
         kept(paths[-1], compute)
-        bar.update(done + min(size, len(idx) - first) * T - bar.n)  # where it was there already
+        bar.update(done + min(size, len(idx) - first) * T * weight - bar.n)  # where it was there already
     if r.rank == 0:
         while not all(path.exists() for path in paths):  # the other processes' share
             time.sleep(1)
@@ -470,7 +480,7 @@ def run_baselines(r, context, tokens, train_tokens, bar):
     n = -(-train_tokens // T)
     if is_there(path, r, sign):
         r.parts += (r.folder / "parts").glob(f"{sign}-*")
-        bar.update((len(idx) + n * len(r.domains)) * T)
+        bar.update((len(idx) + n * len(r.domains)) * T * BASELINE_WORK)
         return
     while r.rank:  # the first process makes them, the others need them
         time.sleep(1)
@@ -492,7 +502,7 @@ def run_baselines(r, context, tokens, train_tokens, bar):
             part = [t[first:first + size].to(r.device) for t in (x, y)]
             r.parts.append(r.folder / "parts" / f"{sign}-{name}-{first}.npz")
             pieces.append(kept(r.parts[-1], lambda: compute(*part)))
-            bar.update(part[0].numel())
+            bar.update(part[0].numel() * BASELINE_WORK)
         return {key: np.concatenate([piece[key] for piece in pieces], 1) for key in pieces[0]}
 
     chosen, found = [], []
@@ -550,22 +560,31 @@ def run_quality(r, tokens, bar):
                      for w in widths}
     if L <= 14:
         variants["exhaustive"] = Exhaustive(r.exact, choices, max(1, r.rows() // 2 // 16))
-    best, flops = ("exhaustive" if L <= 14 else "dp, early, width 32"), dict.fromkeys(variants, 0.0)
-    losses = {name: np.zeros((len(idx), L + 1)) for name in variants}
+    best, positions = ("exhaustive" if L <= 14 else "dp, early, width 32"), range(4, T, 8)
+    size = 16 if r.device.type == "cpu" else 128  # sequences at once; a GPU wants many
+    losses, flops = {name: np.zeros((len(idx), L + 1)) for name in variants}, dict.fromkeys(variants, 0.0)
+    sign = signature(r.checkpoint, r.domains, "quality", tokens, size, list(variants))
     bar.set_description("quality of the searches", refresh=False)
-    for first in range(0, len(idx), 16):
-        rows = slice(first, first + 16)
+    for first in range(0, len(idx), size):
+        rows = slice(first, first + size)
         x, y = idx[rows].to(r.device), targets[rows].to(r.device)
-        past, directions, positions = all_big_past(r, x), r.directions(x, y, "label", first), range(4, T, 8)
+        past, directions = all_big_past(r, x), r.directions(x, y, "label", first)
         for t in positions:
-            for name, find in variants.items():
-                search = Search(r.exact, x[:, t], past[..., :t, :], directions[:, t])
-                found = find(search, budgets, 1)
-                flops[name] += float(search.flops)
-                for k, budget in enumerate(budgets):
-                    loss = search.score(found[budget])[0, :, -1]
-                    losses[name][rows, k] += loss.cpu().numpy() / len(positions)
-            bar.update(len(x))
+            def compute(t=t, x=x, past=past, directions=directions):
+                """-> losses [variants, L + 1, B], flops [variants]"""
+                scored, spent = [], []
+                for find in variants.values():
+                    search = Search(r.exact, x[:, t], past[..., :t, :], directions[:, t])
+                    found = find(search, budgets, 1)
+                    spent.append(float(search.flops))
+                    scored.append(search.score(torch.cat([found[budget] for budget in budgets]))[..., -1].cpu().numpy())
+                return {"losses": np.array(scored), "flops": np.array(spent)}
+            r.parts.append(r.folder / "parts" / f"{sign}-{first}-{t}.npz")
+            part = kept(r.parts[-1], compute)
+            for name, loss, spent in zip(variants, part["losses"], part["flops"], strict=True):
+                losses[name][rows] += loss.T / len(positions)
+                flops[name] += spent
+            bar.update(len(x) * QUALITY_WORK)
     return [{"search": name, "k": k, "gap": claims.interval(losses[name][:, k] - losses[best][:, k]),
              "work": flops[name] / flops[best], "loss": losses[name][:, k].mean(), "against": best,
              "tokens": len(idx) * len(range(4, T, 8)), "asked": tokens}
@@ -622,21 +641,22 @@ def main(argv=None):
         last = claims.last_report(config.out_dir, r.checkpoint).get("quality", [])
         if last and last[0]["asked"] == quality_tokens:
             quality_tokens = 0
-    total = 0  # tokens times budgets: what the bar counts
+    total = 0  # what the bar counts: tokens times budgets, in units of 2^L routes (see work)
     for j in jobs:
         if j.search == "exhaustive" and len(j.choices) ** L > 2 ** 20:
             raise UserError(f"--search=exhaustive: {len(j.choices)}^{L} routes are too many; use --search=dp or greedy")
         n_budgets = len(parse_budgets(j.budgets, L, j.choices))
-        total += len(r.windows(j.tokens)[0]) * T * (1 if j.context == "frozen" else n_budgets)
+        total += len(r.windows(j.tokens)[0]) * T * work(j, L) * (1 if j.context == "frozen" else n_budgets)
     for _, tokens, train_tokens in baselines:
-        total += (len(r.windows(tokens)[0]) + -(-train_tokens // T) * len(r.domains)) * T
-    total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) if quality_tokens else 0
+        total += (len(r.windows(tokens)[0]) + -(-train_tokens // T) * len(r.domains)) * T * BASELINE_WORK
+    if quality_tokens:
+        total += len(r.windows(8 * quality_tokens)[0]) * len(range(4, T, 8)) * QUALITY_WORK
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, search in {r.fast.compute_dtype}")
     if not job and not r.reference:
         print("no --reference: foresight and hindsight are left out. Make one with `python train.py --train_route=big "
               "--out_dir=out/reference`")
-    quality = []
+    quality, about = [], {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
     try:
         with tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
@@ -645,6 +665,7 @@ def main(argv=None):
             for j in jobs:
                 run_job(r, j, bar)
             if quality_tokens and r.rank == 0:
+                claims.report(config.out_dir, r.checkpoint, [], about)  # all that is known so far
                 quality = run_quality(r, quality_tokens, bar)
     except torch.OutOfMemoryError:
         raise UserError("out of GPU memory: lower --batch_size (sequences in flight)") from None
@@ -654,7 +675,6 @@ def main(argv=None):
     if r.rank == 0:
         for path in r.parts:  # all of them are in their files now
             path.unlink(missing_ok=True)
-        about = {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
         print(claims.summary(claims.report(config.out_dir, r.checkpoint, quality, about)))
         print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")
 

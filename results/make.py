@@ -8,8 +8,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 sys.path.insert(0, str(HERE.parent))
@@ -111,66 +109,76 @@ def inference_profile():
                     [[kind, *(f"{by_kind(r['kernels'])[kind]:.2f}" for r in rows)] for kind in kinds])
 
 
-def with_interval(values):
-    from claims import interval
-    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(values))
+def cell(part, digits=3):
+    """(estimate, low, high) -> text"""
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*part, d=digits)
 
 
 def oracle():
-    """Losses of the oracle at each budget, sequential context; beside them the mean of all patterns with that k."""
-    with np.load(HERE / "h100_oracle.npz") as file:
-        a = dict(file)
-    k_of, rows = (a["patterns"] == 2).sum(1), []
-    for label, losses in zip(a["labels"], a["losses"], strict=True):
-        mean = f"{a['pattern_means'][k_of == int(label)].mean():.3f}" if label.isdigit() else ""
+    """Losses of the oracle at each budget, sequential context, beside what every token shares."""
+    report = json.loads((HERE / "h100_oracle.json").read_text())
+    base = {(row["domain"], str(row["k"])): row for row in report["baselines"]["sequential"]}
+    found = {(row["domain"], row["budget"]): row for row in report["searches"]["sb_sequential_exhaustive"]["rows"]}
+    rows = []
+    for label in dict.fromkeys(label for _, label in found):
+        other = base.get(("all", label))
         rows.append([{"any": "free", "6-2": "6 down to 2", "2-6": "2 up to 6"}.get(label, label),
-                     *(with_interval(losses[a["domain"] == d]) for d in (0, 1)), with_interval(losses), mean])
-    return markdown(["k", *a["domains"], "both", "mean of all patterns, both"], rows)
-
-
-def hindsight():
-    """What choosing without the label leaves of the oracle's gain: paired on the sequences that all three searched."""
-    with np.load(HERE / "h100_oracle.npz") as file:
-        a = dict(file)
-    # Windows are evenly spaced, so every n-th of a domain's sequences is what a search of 1 / n of the tokens saw.
-    step = len(a["domain"]) // len(a["control_domain"])
-    here = np.concatenate([np.flatnonzero(a["domain"] == d)[::step] for d in (0, 1)])
-    all_big, rows = a["losses"][list(a["labels"]).index("12")][here], []
-    for label, expected, split in zip(a["control_labels"], a["expected"], a["split"], strict=True):
-        oracle = a["losses"][list(a["labels"]).index(label)][here]
-        rows.append([label, f"{all_big.mean():.3f}", *(with_interval(all_big - x) for x in (oracle, expected, split)),
-                     with_interval(expected - oracle)])
-    return markdown(["k", "all-big", "oracle gains", "expected-loss oracle gains", "split-label oracle gains",
-                     "oracle's hindsight"], rows)
+                     *(cell((found[d, label]["loss"], *found[d, label]["ci"])) for d in ("code", "prose", "all")),
+                     *(f"{other[key][0]:.3f}" if other else "" for key in ("random", "best100_data_set", "fixed"))])
+    return markdown(["k", "oracle, code", "oracle, prose", "oracle, both", "mean pattern, both", "best of 100, both",
+                     "best fixed, both"], rows)
 
 
 def controls():
-    """The gain over the best fixed pattern, split: frozen context, both domains together."""
-    report = json.loads((HERE / "cpu_oracle.json").read_text())
-
-    def cell(part):
-        return "{:.3f} ({:.3f} to {:.3f})".format(*part)
-    return markdown(["k", "best fixed", "oracle", "gain", "= foresight", "+ hindsight"],
-                    [[row["k"], f"{row['fixed']:.3f}", f"{row['label']:.3f}",
-                      *(cell(row[key]) for key in ("gain", "foresight", "hindsight"))]
-                     for row in report["controls"]["frozen"] if row["domain"] == "all" and 0 < row["k"] < 12])
+    """The oracle's gain over the best fixed pattern, split: sequential context, both domains together."""
+    report = json.loads((HERE / "h100_oracle.json").read_text())
+    return markdown(["k", "best fixed", "oracle gains", "= foresight", "+ hindsight", "split-label oracle gains"],
+                    [[row["k"], f"{row['fixed']:.3f}",
+                      *(cell(row[key]) for key in ("gain", "foresight", "hindsight", "learnable"))]
+                     for row in report["controls"]["sequential"] if row["domain"] == "all"])
 
 
 def findings():
-    report = json.loads((HERE / "cpu_oracle.json").read_text())
-    return markdown(["claim", "context", "weakest part", "95% interval", "verdict"],
-                    [[f"{line['id']}: {line['claim']}", line["context"], f"{line['effect']:.3f}",
-                      "{:.3f} to {:.3f}".format(*line["ci"]), line["verdict"]] for line in report["findings"]])
+    """Each claim on the H100 and on the laptop: the part that is furthest from being met."""
+    h100, routed, cpu = (json.loads((HERE / name).read_text())["findings"]
+                         for name in ("h100_oracle.json", "h100_routers.json", "cpu_oracle.json"))
+    runs = [{line["id"]: line for line in lines}
+            for lines in (h100 + [line for line in routed if line["router"] == "mlp"], cpu)]
+
+    def shown(line):
+        where = ", frozen" if line["context"] == "frozen" else ""
+        return f"{line['verdict']}, {cell((line['effect'], *line['ci']))}{where}"
+    ids = sorted({id for run in runs for id in run}, key=lambda id: (int(id.split()[0][1:]), id))
+    claims = {id: line["claim"] for run in runs for id, line in run.items()}
+    return markdown(["claim", "one H100", "laptop"],
+                    [[f"{id}: {claims[id]}", *(shown(run[id]) if id in run else "" for run in runs)] for id in ids])
+
+
+def routers():
+    """Routers of the H100's run, both domains: what they spend, and their loss against baselines at that spending."""
+    rows = [row for row in json.loads((HERE / "h100_routers.json").read_text())["rows"] if row["domain"] == "all"]
+    order = ("mlp", "linear", "gumbel", "advantage", "distilled")
+    return markdown(["router", "k", "BIG", "loss", "minus best fixed", "minus best of 100", "minus all-big",
+                     "recovered"],
+                    [[row["name"], f"{row['budget']:g}", f"{row['achieved']:.2f}", f"{row['loss']:.3f}",
+                      *(cell(row["versus"][key], 4) for key in ("fixed", "best100_data_set", "all_big")),
+                      "{:.1%} ({:.1%} to {:.1%})".format(*row["recovered"])]
+                     for row in sorted(rows, key=lambda row: (row["budget"], order.index(row["name"])))])
 
 
 def searches():
-    """DP and greedy against exhaustive search, over all k."""
-    quality, rows = json.loads((HERE / "cpu_oracle.json").read_text())["quality"], []
-    for name in dict.fromkeys(row["search"] for row in quality):
-        of = [row for row in quality if row["search"] == name]
-        gaps = [row["gap"][0] for row in of]
-        rows.append((of[0]["work"], [name, f"{of[0]['work']:.1%}", f"{statistics.mean(gaps):.4f}", f"{max(gaps):.4f}"]))
-    return markdown(["search", "work", "mean gap, nats", "largest gap"], [row for _, row in sorted(rows)])
+    """DP and greedy over all k: against exhaustive search at 12 layers, against the widest early DP at 24."""
+    rows = {}
+    for name in ("cpu_oracle.json", "cpu_oracle_24.json"):
+        quality = json.loads((HERE / name).read_text())["quality"]
+        for search in dict.fromkeys(row["search"] for row in quality):
+            of = [row for row in quality if row["search"] == search]
+            gaps = [row["gap"][0] for row in of]
+            rows.setdefault(search, []).extend([f"{of[0]['work']:.1%}", f"{statistics.mean(gaps):.4f}",
+                                                f"{max(gaps):.4f}"])
+    rows["dp, early, width 32"] += ["100.0%", "0", "0"]
+    return markdown(["search", "12 layers: work", "mean gap", "largest", "24 layers: work", "mean gap", "largest"],
+                    sorted(([search, *row] for search, row in rows.items()), key=lambda row: float(row[1][:-1])))
 
 
 TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lambda: stage1("cpu_stage1.jsonl"),
@@ -179,8 +187,8 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "execution-cpu": lambda: execution("cpu_bench.json"),
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
-          "inference-profile": inference_profile, "oracle-h100": oracle, "hindsight-h100": hindsight,
-          "controls-cpu": controls, "findings-cpu": findings, "searches-cpu": searches}
+          "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
+          "findings": findings, "routers-h100": routers, "searches-cpu": searches}
 
 
 def fill(text):

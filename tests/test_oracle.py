@@ -860,6 +860,22 @@ def test_quality(plan, here):
         assert f"  {name}: {work[name]:.1%} of the work of exhaustive, mean gap " in text
 
 
+def test_quality_resumes(plan, here, interrupt, tmp_path, monkeypatch):
+    monkeypatch.setitem(oracle.PLANS, "debug", ([], [oracle.Job(16, "frozen")], 16))
+    options = flags(here, fresh(here, tmp_path / "out"), tokens=16)
+    with interrupt("greedy", 2):  # at the second of two positions
+        oracle.main(command_line(options))
+    first = json.loads((tmp_path / "out" / "oracle.json").read_text())
+    assert first["quality"] == [] and first["searches"].keys() == {"sb_frozen_exhaustive"}  # what was known by then
+    with interrupt("greedy") as done:
+        quiet(oracle.main, options)
+    assert len(done) == 1 and not list((tmp_path / "out" / "oracle" / "parts").iterdir())
+    shutil.copytree(fresh(here, tmp_path / "fresh"), tmp_path / "straight")
+    quiet(oracle.main, options | {"out_dir": tmp_path / "straight"})
+    whole, resumed = (json.loads((tmp_path / name / "oracle.json").read_text()) for name in ("straight", "out"))
+    assert whole["quality"] == resumed["quality"] and len(whole["quality"]) > 12
+
+
 def test_the_plan_again_does_nothing(plan, here, interrupt, tmp_path):
     shutil.copytree(plan[0], tmp_path / "out")
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}

@@ -61,35 +61,28 @@ def test_files_named_exist():
         assert (ROOT / "".join(name)).exists(), name
 
 
-def models_apart():
-    """How much better the reference is than the oracle's model at all-big: mean of the domains, nats."""
-    own, reference = (json.loads(line)["domains"] for line in
-                      (ROOT / "results/h100_oracle_models.jsonl").read_text().splitlines())
-    return sum(own[d]["big"]["loss"] - reference[d]["big"]["loss"] for d in own) / len(own)
-
-
 def oracle_numbers():
     """The sentences about the oracle that quote a number."""
-    import numpy as np
+    report, cpu = results("h100_oracle.json"), results("cpu_oracle.json")
+    one, best = ({line["id"]: line for line in report["findings"]}[id] for id in ("F2", "F3"))
+    assert one["verdict"] == best["verdict"] == "holds"
+    assert {k for k, n in enumerate(best["detail"]["best_k_resampled"]) if n} == {5, 6}
+    row, on_laptop = (next(row for row in controls if row["domain"] == "all" and row["k"] == 6)
+                      for controls in (report["controls"]["sequential"], cpu["controls"]["frozen"]))
+    own, reference = report["models"]["own"], report["models"]["reference"]
+    apart = sum(own[d]["big"]["loss"] - reference[d]["big"]["loss"] for d in own) / len(own)
 
-    from claims import f2, f3, f9, interval
-    with np.load(ROOT / "results/h100_oracle.npz") as file:
-        a = dict(file)
-    of = dict(zip(a["labels"], a["losses"], strict=True))
-    one, constant = f2(of["12"], of["1"]), f9(of["4"], of["6-2"], of["2-6"])
-    assert one["verdict"] == constant["verdict"] == "holds"
-    best = f3(of["12"], np.stack([of[str(k)] for k in range(13)], 1))
-    assert best["verdict"] == "holds" and set(np.flatnonzero(best["detail"]["best_k_resampled"])) == {5, 6}
-    step = len(a["domain"]) // len(a["control_domain"])
-    here = np.concatenate([np.flatnonzero(a["domain"] == d)[::step] for d in (0, 1)])
-    six = list(a["control_labels"]).index("6")
-    gain, foresight = of["12"][here] - of["6"][here], of["12"][here] - a["expected"][six]
-    low, high = one["ci"]
-    return [f"by {one['effect']:.3f} nats ({low:.3f} to {high:.3f})", "best at k = 5 or 6",
-            f"gains {interval(gain)[0]:.2f} nats over all-big",
-            "At least {:.3f} of that ({:.3f} to {:.3f})".format(*interval(foresight)),
-            f"which itself is {models_apart():.2f} nats better",
-            f"up to {interval(gain - foresight)[0]:.2f} is hindsight"]
+    deep = results("cpu_oracle_24.json")["quality"]
+    least = min(deep, key=lambda row: row["loss"])
+    gained = next(row["loss"] for row in deep if row["k"] == 24) - least["loss"]
+
+    def shown(part):
+        return "{:.3f} ({:.3f} to {:.3f})".format(*part)
+    return [f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
+            f"gains {row['gain'][0]:.3f} nats, of which {shown(row['foresight'])} could be foreseen",
+            f"which itself is {apart:.2f} nats better", f"up to {row['hindsight'][0]:.3f} is hindsight",
+            f"gain {gained:.2f} nats over all-big, with {least['k']} BIG layers",
+            f"{shown(on_laptop['gain'])}, of which {shown(on_laptop['foresight'])} is foresight"]
 
 
 def test_numbers_in_the_text():
@@ -106,11 +99,14 @@ def test_numbers_in_the_text():
     assert f"{two['tokens_per_second']:,.0f} tokens/s on one H100" in README
     assert f"{rate:.0f} TFLOP/s counted, {share:.0%} of what" in README
     assert f"with skips: {three['tokens_per_second']:.0f} tokens/s" in README
+    text = " ".join(README.split())
+    counted, measured = two["counted_ratio"], two["measured_ratio"]
+    assert f"counts {counted:.1f} times the work and takes {measured:.1f} times as long" in text
     cpu = results("cpu_oracle_bench.json")["oracle"][0]
     assert f"{cpu['counted_ratio']:.1f} times less work" in README
     assert f"{cpu['measured_ratio']:.1f} times\nfaster" in README
     for part in oracle_numbers():
-        assert part in README, part
+        assert part in text, part
     run = results("h100_run.json")
     assert f"98 M tokens in {run['wall_seconds']} s in all, of which compiling took {run['compile_seconds']}" in README
     cpu = results("cpu_run.json")
