@@ -540,7 +540,8 @@ def router_report(out_dir, checkpoint, idx, base, contexts, flops, base_seed):
     write_atomic(path, json.dumps([row for row in old if key(row) not in new] + rows, indent=1).encode())
     for name, files in kinds.items():
         found += router_claims(name, files, base, flops)
-    found = without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
+    commands = {name: "; ".join(dict.fromkeys(row["command"] for row in rows if row["name"] == name)) for name in kinds}
+    found = without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": commands[line["router"]],
                                  "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
                          for line in found])
     write_atomic(folder / "router_findings.json", json.dumps(found, indent=1).encode())

@@ -66,7 +66,7 @@ from common import (
     save_checkpoint,
 )
 from model import BIG, SKIP, SMALL, KVCache, ReadOutLoss, random_route
-from oracle import LETTERS, OracleConfig, Run, kept, signature, write_npz
+from oracle import LETTERS, OracleConfig, Run, write_npz
 from search import Search
 
 NAMES = ("linear", "gumbel", "mlp", "distilled", "advantage")
@@ -432,7 +432,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
     def save():
         save_checkpoint(path, {"router": router.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                "name": name, "budget": budget, "config": dataclasses.asdict(config),
-                               "checkpoint": checkpoint, "command": command()})
+                               "checkpoint": checkpoint, "command": command(config)})
     stop = []  # the first signal saves and leaves, a second one ends at once
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
                 for s in (signal.SIGINT, signal.SIGTERM)}
@@ -573,6 +573,7 @@ def load_patterns(r):
     return {}, None
 
 
+@torch.no_grad()
 def baselines(r, windows, patterns, context):
     """What routers are compared with -> {policy: (losses per sequence [n, L + 1], which n of the windows)}, and
     {policy: context}. Those of the patterns file are on its own windows and in its context; the best fixed patterns
@@ -582,22 +583,20 @@ def baselines(r, windows, patterns, context):
     found = {} if where is None else {policy: (losses.T, where) for policy, losses in
                                       claims.baseline_losses(patterns).items()}
     contexts = dict.fromkeys(found, context) | dict.fromkeys(("fixed", "all_small", "all_big"), "sequential")
+    if patterns and where is None:
+        print(f"oracle/patterns_{context}.npz: holds other validation sequences than these {len(idx)}, so its random "
+              f"patterns are left out; a multiple of its {len(patterns['idx']) // len(r.domains) * r.shape.block_size} "
+              "as --tokens has them")
     if where is None or len(where) < len(idx) or context == "frozen":
-        ks = range(L + 1) if patterns else (0, L)  # all-small and all-big need no file
-
-        def compute():
-            fixed = np.full((len(idx), L + 1), np.nan)
-            for d in range(len(r.domains)):
-                for rows in torch.from_numpy((domain == d).nonzero()[0]).split(32):
-                    x, y = idx[rows].to(r.device), targets[rows].to(r.device)
-                    for k in tqdm(ks, desc="fixed patterns", leave=False, mininterval=5):
-                        pattern = [SMALL, BIG][k == L] if k in (0, L) else torch.from_numpy(
-                            patterns["patterns"][patterns["chosen"][d, k]])
-                        fixed[rows, k] = r.exact(x, pattern, y, reduction="none")[1].mean(-1).double().cpu().numpy()
-            return {"fixed": fixed}
-        name = signature(r.checkpoint, r.domains, "fixed", len(idx), patterns["chosen"].tolist() if patterns else "")
-        with torch.no_grad():
-            found["fixed"] = kept(r.folder / "parts" / f"{name}-fixed.npz", compute)["fixed"], np.arange(len(idx))
+        fixed = np.full((len(idx), L + 1), np.nan)
+        for d in range(len(r.domains)):
+            for rows in torch.from_numpy((domain == d).nonzero()[0]).split(32):
+                x, y = idx[rows].to(r.device), targets[rows].to(r.device)
+                for k in range(L + 1) if patterns else (0, L):  # all-small and all-big need no file
+                    pattern = [SMALL, BIG][k == L] if k in (0, L) else torch.from_numpy(
+                        patterns["patterns"][patterns["chosen"][d, k]])
+                    fixed[rows, k] = r.exact(x, pattern, y, reduction="none")[1].mean(-1).double().cpu().numpy()
+        found["fixed"] = fixed, np.arange(len(idx))
     fixed, rows = found["fixed"]
     ends = {"all_small": fixed[:, :1], "all_big": fixed[:, -1:]}
     return found | {policy: (losses.repeat(L + 1, 1), rows) for policy, losses in ends.items()}, contexts
@@ -624,6 +623,13 @@ def parse_budgets(text, n_layer, choices):
             raise UserError(f"--budget={part}: with --choices=xb all that is not BIG is SKIP; leave out /{skip}")
         budgets.append((n_big, None if choices == "xb" else n_skip))
     return budgets
+
+
+def command(config):
+    """-> the command line that gives this config."""
+    usual = type(config)(**(JOINT_PRESETS if config.joint else PRESETS).get(config.preset, {}))
+    return " ".join(["python router.py", *(f"--{key}={value}" for key, value in vars(config).items()
+                                           if value != getattr(usual, key))])
 
 
 def check(config):
@@ -704,10 +710,6 @@ def report(r, config, windows, patterns, context):
     print(f"done: {config.out_dir}/routers.json, router_findings.json and routers/")
 
 
-def command():
-    return " ".join(["python", "router.py", *sys.argv[1:]])
-
-
 def train_jointly(config):
     """python router.py --joint: a run of its own, whose base has learned with its router."""
     (config.name,) = check(config)
@@ -718,6 +720,7 @@ def train_jointly(config):
         raise UserError(f"--budget={config.budget}: --joint trains for one budget, or for any")
     if config.train_route != "random":
         raise UserError(f"--train_route={config.train_route}: with --joint the router routes; leave it out")
+    how = command(config)
     result = train.train(config, lambda model: Joint(model, config, budgets[0]))
     train.leave()
     if result is None:
@@ -733,7 +736,7 @@ def train_jointly(config):
             router.asked.fill_(k / L)
         path = Path(config.out_dir) / "routers" / f"{stem(config.name, (k, n_skip), config.choices, config.seed)}.pt"
         saved = {"router": router.state_dict(), "step": r.rest["step"], "name": config.name, "budget": (k, n_skip),
-                 "config": dataclasses.asdict(config), "checkpoint": r.checkpoint, "command": command()}
+                 "config": dataclasses.asdict(config), "checkpoint": r.checkpoint, "command": how}
         calibrate_and_evaluate(r, config, router.eval().requires_grad_(False), path, saved, reserved, windows)
     report(r, config, windows, *load_patterns(r))
     return 0
@@ -741,8 +744,10 @@ def train_jointly(config):
 
 def main(argv=None):
     flags = sys.argv[1:] if argv is None else argv
-    if any(flag.lower() in ("--joint", "--joint=true", "--joint=1") for flag in flags):
-        return train_jointly(parse_config(JointConfig, argv, JOINT_PRESETS))
+    if any(flag.startswith("--joint") for flag in flags):
+        config = parse_config(JointConfig, argv, JOINT_PRESETS)
+        if config.joint:
+            return train_jointly(config)
     config = parse_config(RouterConfig, argv, PRESETS)
     names = check(config)
     r, windows, reserved = start(config)

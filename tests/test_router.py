@@ -445,6 +445,17 @@ def test_more_windows_than_the_oracle_has(go, tmp_path):
     assert row["compared_on"]["random"] == row["compared_on"]["oracle"] == 4
 
 
+def test_other_windows_than_the_oracle_has(go, tmp_path, capsys):
+    assert go(name="linear", budget="1", tokens=48) is None
+    assert "patterns_sequential.npz: holds other" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "run" / "routers.json").read_text())
+    assert "random" not in row
+    assert row["compared_on"]["fixed"] == 3  # those are forwarded
+    assert row["command"].startswith("python router.py ")
+    assert {"--name=linear", "--tokens=48", "--preset=debug"} <= set(row["command"].split())
+    assert not (tmp_path / "run" / "oracle" / "parts").exists()
+
+
 def test_frozen_baselines_where_there_are_no_others(go, tmp_path, here, capsys):
     go(name="linear", steps=1)
     (tmp_path / "run" / "oracle" / "patterns_sequential.npz").unlink()
