@@ -41,7 +41,6 @@ import math
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +58,7 @@ from common import (
     UserError,
     arg,
     derive_seed,
+    find_device,
     generator,
     load_checkpoint,
     parse_config,
@@ -654,60 +654,78 @@ def check(config):
     return names
 
 
-def calibrate_and_evaluate(r, config, router, path, saved, reserved, windows):
-    """Shift the router of a file to its budget, once, and measure it -> None; the file, and its npz, are written."""
-    budget = saved["budget"]
-    if "calibration" not in saved:
-        text, _ = data.to_tensors([r.corpus.train[domain][i:i + r.shape.block_size + 1] for domain in r.corpus.domains
-                                   for i in reserved[domain]])
-        saved["calibration"] = calibrate(r.exact, router, text.to(r.device), budget)
-        saved["router"] = router.state_dict()
-        save_checkpoint(path, saved)
-    off = abs(saved["calibration"]["big"] - budget[0])
-    if off > 0.05:
-        tqdm.write(f"{path.stem}: calibration ended {off:.2f} layers off its budget; its choices are too alike")
-    write_npz(path.with_suffix(".npz"), evaluate(r, router, config, saved, windows))
-
-
-def evaluate(r, router, config, saved, windows):
-    """Hard choices on validation text -> the arrays of its npz file."""
-    idx, targets, domain = windows
-    name, budget, calibration = saved["name"], saved["budget"], saved["calibration"]
-    start = time.time()
-    routes, losses = choose(r.exact, router, idx.to(r.device), targets.to(r.device))
-    n_big, n_skip = budget
-    notes = {"name": name, "budget": n_big, "skip_budget": n_skip, "choices": config.choices, "seed": config.seed,
-             "checkpoint": r.checkpoint, "steps": saved["step"], "calibration": calibration,
-             "shift": router.shift.tolist(), "router_flops": router.flops(), "config": saved["config"],
-             "command": saved["command"], "torch": torch.__version__,
-             "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu",
-             "seconds_evaluating": time.time() - start}
-    if name == "advantage":  # the shift is the price: nats that a FLOP has to gain
-        flops = r.exact.flops(BIG) - r.exact.flops(SMALL if "s" in config.choices else SKIP)
-        notes["price_nats_per_mflop"] = (-router.shift[BIG].item() * GAIN_UNIT
-                                         / (flops / r.shape.n_layer / 1e6))
-    return {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
-            "routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "checkpoint": r.checkpoint,
-            "flops": r.exact.flops(routes, r.shape.block_size).cpu().numpy(),
-            "bytes": r.corpus.token_bytes[targets.numpy()].sum(-1), "notes": json.dumps(notes)}
-
-
 def start(config):
-    """-> what both kinds of training share when they measure: the Run, the windows, the calibration text's places."""
+    """-> the Run, its folder routers/, and the validation windows."""
     r = Run(OracleConfig(out_dir=config.out_dir, device=config.device, seed=config.seed, preset=config.preset,
                          data_dir=config.data_dir))
-    windows = r.windows(config.tokens or min(TOKENS[config.preset], r.holds()))
     (Path(config.out_dir) / "routers").mkdir(exist_ok=True)
-    return r, windows, calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size, config.seed)
+    return r, Path(config.out_dir) / "routers", r.windows(config.tokens or min(TOKENS[config.preset], r.holds()))
 
 
-def report(r, config, windows, patterns, context):
-    ends = r.exact.flops(SMALL), r.exact.flops(BIG)
-    rows, found = claims.router_report(config.out_dir, r.checkpoint, windows[0].numpy(),
-                                       *baselines(r, windows, patterns, context), ends,
-                                       r.rest["train_config"]["seed"])
+def calibrate_and_evaluate(r, config, router, path, saved, windows):
+    """Shift the router of a file to its budget, once, and measure it: the file, and its npz, are written."""
+    n_big, n_skip = saved["budget"]
+    if "calibration" not in saved:
+        T = r.shape.block_size
+        text, _ = data.to_tensors([r.corpus.train[domain][i:i + T + 1] for domain, starts in calibration_starts(
+            r.corpus, config.calibration_tokens, T, config.seed).items() for i in starts])
+        saved["calibration"] = calibrate(r.exact, router, text.to(r.device), saved["budget"])
+        saved["router"] = router.state_dict()
+        save_checkpoint(path, saved)
+    off = abs(saved["calibration"]["big"] - n_big)
+    if off > 0.05:
+        tqdm.write(f"{path.stem}: calibration ended {off:.2f} layers off its budget; its choices are too alike")
+    notes = {"name": saved["name"], "budget": n_big, "skip_budget": n_skip, "choices": config.choices,
+             "seed": config.seed, "steps": saved["step"], "calibration": saved["calibration"],
+             "shift": router.shift.tolist(), "config": saved["config"], "command": saved["command"]}
+    if saved["name"] == "advantage":  # the shift is the price: nats that a FLOP has to gain
+        flops = r.exact.flops(BIG) - r.exact.flops(SMALL if "s" in config.choices else SKIP)
+        notes["price_nats_per_mflop"] = -router.shift[BIG].item() * GAIN_UNIT / (flops / r.shape.n_layer / 1e6)
+    evaluate(r, router, path.with_suffix(".npz"), notes, windows)
+
+
+def evaluate(r, router, path, notes, windows):
+    """Hard choices on validation text -> the npz file; notes: what routers.json says about the router."""
+    idx, targets, domain = windows
+    routes, losses = choose(r.exact, router, idx.to(r.device), targets.to(r.device))
+    notes |= {"checkpoint": r.checkpoint, "router_flops": router.flops() if hasattr(router, "flops") else 0,
+              "torch": torch.__version__,
+              "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu"}
+    if notes["budget"] is None:
+        notes["budget"] = round((routes == BIG).sum(-1).float().mean().item(), 2)
+    write_npz(path, {
+        "idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
+        "routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "checkpoint": r.checkpoint,
+        "flops": r.exact.flops(routes, r.shape.block_size).cpu().numpy(),
+        "bytes": r.corpus.token_bytes[targets.numpy()].sum(-1), "notes": json.dumps(notes)})
+
+
+def report(r, windows):
+    """All routers of this checkpoint against the baselines -> rows; routers.json is written, the table printed."""
+    rows, found = claims.router_report(r.config.out_dir, r.checkpoint, windows[0].numpy(),
+                                       *baselines(r, windows, *load_patterns(r)),
+                                       (r.exact.flops(SMALL), r.exact.flops(BIG)), r.rest["train_config"]["seed"])
     print(claims.router_summary(rows, found))
-    print(f"done: {config.out_dir}/routers.json, router_findings.json and routers/")
+    print(f"done: {r.config.out_dir}/routers.json, router_findings.json and routers/")
+    return rows
+
+
+def measure(router, name, **flags):
+    """Put a router of your own on the same chart -> its objects of routers.json, one for each domain.
+
+    router: called as model.forward calls one; taken as it is, its budget is what it spends. name: of its row and file,
+    an own one; flags: out_dir, device, preset, tokens, as for the command. README has an example.
+    """
+    if name in NAMES:
+        raise UserError(f"{name}: is the name of a router of this file; give yours another")
+    config = RouterConfig(**flags)
+    if config.preset == "auto":
+        config.preset = "gpu" if find_device(config.device).type == "cuda" else "cpu"
+    r, folder, windows = start(config)
+    evaluate(r, router, folder / f"{name}.npz", {
+        "name": name, "budget": None, "skip_budget": None, "choices": config.choices, "seed": config.seed, "steps": 0,
+        "calibration": None, "shift": None, "config": {}, "command": "router.measure"}, windows)
+    return [row for row in report(r, windows) if row["name"] == name]
 
 
 def train_jointly(config):
@@ -727,18 +745,18 @@ def train_jointly(config):
         return 130
     if int(os.environ.get("RANK", 0)) > 0:
         return 0
-    r, windows, reserved = start(config)
+    r, folder, windows = start(config)
     n_big, n_skip = budgets[0]
-    for k in [n_big] if n_big is not None else range(2, L, 2) if L > 2 else [1]:
-        router = new_router(r.shape, config, config.name, budgets[0]).to(r.device)
+    for k in [n_big] if n_big is not None else range(2, L, 2):
+        router = new_router(r.shape, config, config.name, budgets[0]).to(r.device).eval().requires_grad_(False)
         router.load_state_dict(r.rest["router"])
         if router.told:
             router.asked.fill_(k / L)
-        path = Path(config.out_dir) / "routers" / f"{stem(config.name, (k, n_skip), config.choices, config.seed)}.pt"
         saved = {"router": router.state_dict(), "step": r.rest["step"], "name": config.name, "budget": (k, n_skip),
                  "config": dataclasses.asdict(config), "checkpoint": r.checkpoint, "command": how}
-        calibrate_and_evaluate(r, config, router.eval().requires_grad_(False), path, saved, reserved, windows)
-    report(r, config, windows, *load_patterns(r))
+        path = folder / f"{stem(config.name, (k, n_skip), config.choices, config.seed)}.pt"
+        calibrate_and_evaluate(r, config, router, path, saved, windows)
+    report(r, windows)
     return 0
 
 
@@ -750,16 +768,16 @@ def main(argv=None):
             return train_jointly(config)
     config = parse_config(RouterConfig, argv, PRESETS)
     names = check(config)
-    r, windows, reserved = start(config)
+    r, folder, windows = start(config)
+    reserved = calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size, config.seed)
     L, T = r.shape.n_layer, r.shape.block_size
     sets = SETS[config.preset]
     jobs = [(name, budget) for name in names
             for budget in parse_budgets(config.budget or sets.get(name, sets["linear"]), L, config.choices)]
-    patterns, context = load_patterns(r)
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
           f"sequences of {T}")
-    if not patterns:
+    if not load_patterns(r)[0]:
         print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
 
     def batch(step):
@@ -768,7 +786,7 @@ def main(argv=None):
     with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
         for name, budget in jobs:
-            path = Path(config.out_dir) / "routers" / f"{stem(name, budget, config.choices, config.seed)}.pt"
+            path = folder / f"{stem(name, budget, config.choices, config.seed)}.pt"
             try:
                 router = train_router(r.fast, config, name, budget, batch, path, r.checkpoint, bar)
             except torch.OutOfMemoryError:
@@ -777,8 +795,8 @@ def main(argv=None):
                 bar.close()
                 print(f"interrupted: {path} is saved; the same command goes on")
                 return 130
-            calibrate_and_evaluate(r, config, router, path, load_checkpoint(path, r.device), reserved, windows)
-    report(r, config, windows, patterns, context)
+            calibrate_and_evaluate(r, config, router, path, load_checkpoint(path, r.device), windows)
+    report(r, windows)
 
 
 if __name__ == "__main__":
