@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from test_train import differences, write_texts
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import claims
 import oracle
 import router
@@ -575,7 +578,7 @@ def together(here, tmp_path):
     return together
 
 
-def test_joint_training_learns_and_meets_its_budget(together, tmp_path):
+def test_joint_training_learns_and_meets_its_budget(together, tmp_path, capsys, monkeypatch):
     assert together(max_steps=60, learning_rate=0.02, eval_interval=60, skip_every=0) == 0
     log = train.read_jsonl(tmp_path / "joint" / "metrics.jsonl")
     first, *_, last = [line for line in log if line["kind"] == "train"]
@@ -596,8 +599,18 @@ def test_joint_training_learns_and_meets_its_budget(together, tmp_path):
     route, losses = router.choose(model, made, idx, targets)
     assert losses.mean().item() == pytest.approx(row["loss"], abs=1e-5)
     assert rest["train_config"]["train_route"] == "router"
-    sample.main([f"--out_dir={tmp_path / 'joint'}", "--device=cpu", "--tokens=5",
-                 f"--router={tmp_path / 'joint' / 'routers' / 'mlp_k1_s1.pt'}"])
+    flags = [f"--out_dir={tmp_path / 'joint'}", "--device=cpu", "--tokens=5"]
+    sample.main(flags)
+    assert "trained with its router" in capsys.readouterr().err
+    path = tmp_path / "joint" / "routers" / "mlp_k1_s1.pt"
+    sample.main([*flags, f"--router={path}"])
+    assert "BIG per token" in (written := capsys.readouterr().err)
+    assert "note" not in written
+    # bench.py times it on its own validation text.
+    monkeypatch.setattr(bench, "measure", lambda variants, device: {key: f() and 1.0 for key, f in variants.items()})
+    timed = bench.bench_router(bench.BenchConfig(preset="debug", out_dir=str(tmp_path / "joint"), router=str(path)),
+                               torch.device("cpu"))
+    assert all(0 < row["big"] < 3 for row in timed)
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "linear", "micro_batch": 2}, {"budget": "any"},
@@ -789,6 +802,30 @@ def test_sampling_by_a_router(go, tmp_path, capsys):
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={path}", "--route=small"]), "--router", "--route")
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={out / 'no.pt'}"]), "no.pt", "python router.py")
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={out / 'ckpt.pt'}"]), "ckpt.pt", "no router file")
+
+
+def test_the_router_in_the_readme(go, here, tmp_path, monkeypatch, text):
+    """A router of one's own: the snippet, run as it stands on another run, gets a row of its own and can decode."""
+    readme = (Path(router.__file__).parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 20
+    go("out/cpu", name="linear", steps=1)
+    (tmp_path / "data").symlink_to(here / "data")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    rows = json.loads((tmp_path / "out/cpu/routers.json").read_text())
+    assert {row["name"] for row in rows} == {"linear", "new_tokens"}
+    assert names["rows"] == [row for row in rows if row["name"] == "new_tokens"]
+    assert 0 < names["rows"][0]["achieved"] < 1
+    model, own, (idx, _) = load_run("out/cpu", "cpu")[0], names["NewTokens"](), text
+    whole, cache = stats_of(model, own, idx), KVCache(model.config, B, idx.device, torch.float32)
+    for b in range(B):
+        new = [token not in idx[b, :t] for t, token in enumerate(idx[b])]
+        assert (whole[b, :, 2] == BIG).tolist() == new
+    routes = [stats_of(model, own, piece, cache=cache) for piece in idx.split([5, 1, 1, T - 7], 1)]
+    assert torch.cat(routes, 1).equal(whole)
+    user_error(lambda: router.measure(own, "mlp", out_dir="out/cpu"), "mlp", "another")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
