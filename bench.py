@@ -50,7 +50,7 @@ SHAPES = {  # preset: layers, (sequences, context), widths for inference
 }
 ROUTER_SHAPES = {  # preset: width, prefills (sequences, tokens), decoding (sequences)
     "gpu": (1024, ((32, 256), (8, 1024)), (1, 64)),
-    "cpu": (512, ((8, 64), (4, 128)), (1, 16)),
+    "cpu": (512, ((8, 128), (4, 256)), (1, 16)),
     "debug": (64, ((2, 16),), (1, 2)),
 }
 
@@ -305,7 +305,7 @@ def routed_model(bench, device):
     rng = generator("cpu", bench.seed, "router")
     router = Router(model.config, 64, "sb", shares(L, "sb", L / 3, None), rng)
     router.w_out.data = torch.randn(router.w_out.shape, generator=rng) / 8
-    text = torch.randint(4096, (64, model.config.block_size), generator=rng).to(device)
+    text = torch.randint(4096, (max(B for B, _ in prefills), model.config.block_size), generator=rng).to(device)
     router = router.to(device).eval().requires_grad_(False)
     calibrate(model, router, text, (L / 3, None))
     return model, router, text
@@ -336,6 +336,8 @@ def bench_router(bench, device):
 
     for B, T in prefills:
         x = text.repeat(-(-B // len(text)), 1)[:B, :T].contiguous()
+        if not bench.router:  # a small batch of random text is not yet at k
+            calibrate(model, router, x, (model.config.n_layer / 3, None))
         route = model(x, router, return_stats=True)[2]["route"]
         counts = counts_of(route)
         variants = {"all-big": lambda: model(x, BIG), "routed": lambda: model(x, router),

@@ -3,6 +3,7 @@
     python router.py                                     the preset's set for the last run: train, calibrate, evaluate
     python router.py --name=mlp --budget=4,6             one kind of router, two budgets
     python router.py --choices=xsb --budget=6/3.6        6 BIG and 3.6 SKIP of 12 layers (50% big, 30% skip)
+    python router.py --joint --budget=4                  router and base together, a run of its own (or --budget=any)
     python sample.py --router=out/routers/mlp_k4_s1.pt   text, routed by it
 
 A router reads h, the residual that enters a layer, and gives three logits; the choice is their argmax. An example by
@@ -23,8 +24,13 @@ every other input in this model is; (2) biases start at the budget; (3) few step
 training text: the oracle's own files are about validation text, and a router trained on them would be tested on what
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
+--joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
+the schedules of tau and alpha are the same. With --budget=any, k is drawn for each sequence, uniform over 1..L, and the
+router is told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
+
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
-no router trained on. On validation text the achieved budget is what it is; baselines are interpolated there.
+no router on a frozen base trained on (a base has, and so has a router that learned with it: one number is fitted there).
+On validation text the achieved budget is what it is; baselines are interpolated there.
 
 A router's tokens see the keys and values of its own earlier choices: oracle.py's sequential context. The best fixed
 patterns, all-small and all-big are measured in it, too. Random patterns and the oracle come from oracle.py's files, of
