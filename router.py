@@ -29,8 +29,8 @@ the schedules of tau and alpha are the same. With --budget=any, k is drawn for e
 router is told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
 
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
-no router on a frozen base trained on (a base has, and so has a router that learned with it: one number is fitted there).
-On validation text the achieved budget is what it is; baselines are interpolated there.
+no router on a frozen base trained on. (The base has seen it, and so has a router that learned with it; but only a
+scalar is fitted there.) On validation text the achieved budget is what it is; baselines are interpolated there.
 
 A router's tokens see the keys and values of its own earlier choices: oracle.py's sequential context. The best fixed
 patterns, all-small and all-big are measured in it, too. Random patterns and the oracle come from oracle.py's files, of
