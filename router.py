@@ -25,7 +25,8 @@ training text: the oracle's own files are about validation text, and a router tr
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
 --joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
-the schedules of tau and alpha are the same. With --budget=any, k is drawn for each sequence, uniform over 1..L, and the
+the schedules of tau and alpha are the same. The budget starts at all layers and falls to k in the first half: a BIG
+that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for each sequence, uniform over 1..L, and the
 router is told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
 
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
@@ -121,6 +122,7 @@ class RouterConfig(Learning):
 @dataclass
 class JointConfig(Learning, train.TrainConfig):
     """train.py's flags, with --train_route left out of use: the router routes."""
+    anneal: float = arg(0.5, "share of the steps in which the budget falls from all layers to --budget, linearly")
 
 
 PRESETS = {
@@ -500,6 +502,7 @@ class Joint(nn.Module):
         if n_big is None:
             k.random_(1, L + 1, generator=rng)
         done = step / max(1, config.max_steps - 1)
+        k = L + (k - L) * min(1, done / config.anneal if config.anneal else 1)
         values = [torch.full((), value, device=device) for value in schedule(config, done)]
         first = rank * (B // world)
         for x, y, _, _ in train.micro_batches(config, corpus, device, step, rank, world):
@@ -742,6 +745,8 @@ def train_jointly(config):
     budgets = [(None, None)] if config.budget == "any" else parse_budgets(config.budget, L, config.choices)
     if len(budgets) > 1:
         raise UserError(f"--budget={config.budget}: --joint trains for one budget, or for any")
+    if not 0 <= config.anneal <= 1:
+        raise UserError(f"--anneal={config.anneal}: must lie in 0..1, a share of the steps")
     if config.train_route != "random":
         raise UserError(f"--train_route={config.train_route}: with --joint the router routes; leave it out")
     how = command(config)

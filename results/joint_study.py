@@ -70,12 +70,13 @@ def main():
     preset = preset if preset != "auto" else "gpu" if find_device("auto").type == "cuda" else "cpu"
     out, seeds, losses = Path("out/joint_study"), [], []
     for seed in SEEDS:
-        joint, full, equal = (out / f"{preset}_{name}_s{seed}" for name in ("joint", "full", "equal"))
+        joint, full = (out / f"{preset}_{name}_s{seed}" for name in ("joint", "full"))
         flags = [f"--preset={preset}", f"--seed={seed}"]
         run(router.main, joint, "--joint", f"--budget={K}", *flags)
         run(train.main, full, "--train_route=big", *flags)
         file, of_joint, flops, big = routed(joint, K, seed)
         width = equal_width(full, flops)
+        equal = out / f"{preset}_width{width}_s{seed}"
         run(train.main, equal, "--train_route=big", f"--big_width={width}", *flags)
         (of_equal, flops_equal), (of_full, flops_full) = dense_losses(equal, file), dense_losses(full, file)
         losses.append({"joint": of_joint, "equal": of_equal, "full": of_full})

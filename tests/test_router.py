@@ -654,6 +654,14 @@ def test_joint_batches_are_cut_as_train_cuts_them(here, model):
         parts = list(joint.batches(cut, corpus, torch.device("cpu"), 5, rank, world))
         return [torch.cat(part) for part in zip(*[(x, y, noise, asked) for x, y, noise, (_, _, asked) in parts],
                                                 strict=True)]
+    def asked(step, **flags):
+        changed = dataclasses.replace(config, max_steps=11, **flags)
+        return next(router.Joint(model, changed, (1.0, None)).batches(changed, corpus, torch.device("cpu"), step, 0,
+                                                                      1))[3][2] * L
+    for step, k in ((0, 3), (2, 2.2), (5, 1), (10, 1)):  # the budget falls from L = 3 to 1 in half of the steps
+        torch.testing.assert_close(asked(step), torch.full((4,), float(k)))
+    torch.testing.assert_close(asked(0, anneal=0.0), torch.ones(4))
+    config.anneal = 0.0
     whole = rows()
     assert whole[2].shape == (4, T, L, 3)
     assert set((whole[3] * L).round().tolist()) <= {1, 2, 3}
@@ -716,6 +724,7 @@ def test_a_router_for_any_budget_is_told_which(model):
     ({"budget": 4}, ["--budget=4", "0..3"]),
     ({"tau_end": 0}, ["--tau_end=0", "above 0"]),
     ({"max_steps": 0}, ["--max_steps=0", "above 0"]),
+    ({"anneal": 2}, ["--anneal=2", "0..1"]),
     ({"train_route": "big"}, ["--train_route=big", "--joint"]),
     ({"steps": 5}, ["--steps", "--"]),
 ])
