@@ -1,12 +1,13 @@
 """Speed, side by side: FLOPs saved (counted) and time saved (measured) are two columns, because they differ.
 
-    python bench.py                                   execution, inference and oracle
+    python bench.py                                   execution, inference, oracle and router
     python bench.py --part=train --against=PATH       stage-1 training at nanoGPT's 124M shape, against PATH's own model
+    python bench.py --part=router --router=out/routers/mlp_k4_s1.pt     a trained router, on its run's validation text
 
 Parts: `train` (GPU only), `execution` (sparse against dense, at four shares of BIG), `inference` (does time follow
-FLOPs?), `oracle` (the prefix tree against naive enumeration). Variants that are compared are timed in turns, round by
-round; the figures are medians and their ratios. Compilation and warm-up are left out. Tokens and weights are random:
-time does not depend on them.
+FLOPs?), `oracle` (the prefix tree against naive enumeration), `router` (choices made on the way, against all-big).
+Variants that are compared are timed in turns, round by round; the figures are medians and their ratios. Compilation and
+warm-up are left out. Tokens and weights are random: time does not depend on them (but for --router, which are real).
 """
 import importlib.util
 import json
@@ -18,8 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import UserError, arg, compute_dtype, find_device, generator, parse_config, run, write_atomic
-from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, random_route, route_counts
+import data
+from common import UserError, arg, compute_dtype, find_device, generator, load_run, parse_config, run, write_atomic
+from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, random_route, route_counts
+from oracle import file_hash
+from router import Router, calibrate, load_router, shares
 from search import Search, make_tree
 
 ROUNDS = 7
@@ -27,11 +31,12 @@ ROUNDS = 7
 
 @dataclass
 class BenchConfig:
-    part: str = arg("all", "train, execution, inference, oracle or all")
+    part: str = arg("all", "train, execution, inference, oracle, router or all")
     against: str = arg("", "a checkout of nanoGPT (yours; none of its code is here), for --part=train")
     profile: bool = arg(False, "also print the kernels that take the most time")
     save: str = arg("", "write the figures to this JSON file")
-    out_dir: str = arg("out", "not used: nothing trained is needed here")
+    router: str = arg("", "a file of out_dir/routers/ for --part=router; without it a random one, shifted to k = L / 3")
+    out_dir: str = arg("out", "folder of the router's run; without --router nothing trained is needed")
     device: str = arg("auto", "auto, cpu or cuda")
     seed: int = arg(1, "seeds weights, tokens and routes")
     preset: str = arg("auto", "gpu (full shapes), cpu (shapes for a laptop) or debug (tiny, for tests)")
@@ -42,6 +47,11 @@ SHAPES = {  # preset: layers, (sequences, context), widths for inference
     "gpu": (12, (8, 1024), (384, 1024)),
     "cpu": (12, (4, 128), (256, 512)),
     "debug": (2, (2, 32), (64, 128)),
+}
+ROUTER_SHAPES = {  # preset: width, prefills (sequences, tokens), decoding (sequences)
+    "gpu": (1024, ((32, 256), (8, 1024)), (1, 64)),
+    "cpu": (512, ((8, 128), (4, 256)), (1, 16)),
+    "debug": (64, ((2, 16),), (1, 2)),
 }
 
 
@@ -281,6 +291,83 @@ def bench_oracle(bench, device):
     return rows
 
 
+def routed_model(bench, device):
+    """-> model, router, text [S, T]: those of --router on validation text, or random ones at k = L / 3."""
+    if bench.router:
+        model, shape, rest = load_run(bench.out_dir, device)
+        router, _ = load_router(bench.router, file_hash(Path(bench.out_dir) / "ckpt.pt"), shape, device)
+        corpus = data.load(Path(rest["corpus"]))
+        n = min(32, *((len(corpus.val[domain]) - 1) // shape.block_size for domain in corpus.domains))
+        return model, router, torch.cat([data.eval_windows(corpus, domain, n, shape.block_size)[0]
+                                         for domain in corpus.domains]).to(device)
+    (L, _, _), (width, prefills, _) = SHAPES[bench.preset], ROUTER_SHAPES[bench.preset]
+    model = make_model(DuoConfig(L, width // 64, width, max(T for _, T in prefills), 4096), device, bench.seed).eval()
+    rng = generator("cpu", bench.seed, "router")
+    router = Router(model.config, 64, "sb", shares(L, "sb", L / 3, None), rng)
+    router.w_out.data = torch.randn(router.w_out.shape, generator=rng) / 8
+    text = torch.randint(4096, (max(B for B, _ in prefills), model.config.block_size), generator=rng).to(device)
+    router = router.to(device).eval().requires_grad_(False)
+    calibrate(model, router, text, (L / 3, None))
+    return model, router, text
+
+
+def counts_of(route):
+    """-> of each layer of a route [B, T, L] the numbers of (SKIP, SMALL, BIG) tokens, as model(counts=) wants them."""
+    return [tuple((layer == c).sum().item() for c in (SKIP, SMALL, BIG)) for layer in route.unbind(-1)]
+
+
+@torch.no_grad()
+def bench_router(bench, device):
+    """Routed sparse execution against all-big, both uncompiled: whole sequences (prefill), and token by token with a KV
+    cache (decode, 16 tokens behind a prompt of 16). `known`: the same choices given as a route with its counts; the
+    difference is what deciding costs. FLOPs include the router's. On a GPU all-big is timed compiled, too."""
+    model, router, text = routed_model(bench, device)
+    _, prefills, batches = ROUTER_SHAPES[bench.preset]
+    rows, longest = [], text.shape[1]
+
+    def row(what, n_tokens, variants, route, context):
+        ms = measure(variants, device)
+        flops = model.flops(route, context).double().mean().item() + router.flops()
+        flops_saved, time_saved = 1 - flops / model.flops(BIG, context), 1 - ms["routed"] / ms["all-big"]
+        rows.append({"what": what, "big": (route == BIG).sum(-1).double().mean().item(), "flops_saved": flops_saved,
+                     "time_saved": time_saved, "time_saved / flops_saved": time_saved / flops_saved,
+                     "time_saved, known": 1 - ms["known"] / ms["all-big"],
+                     **{f"us/token, {name}": t / n_tokens * 1e3 for name, t in ms.items()}})
+
+    for B, T in prefills:
+        x = text.repeat(-(-B // len(text)), 1)[:B, :T].contiguous()
+        if not bench.router:  # a small batch of random text is not yet at k
+            calibrate(model, router, x, (model.config.n_layer / 3, None))
+        route = model(x, router, return_stats=True)[2]["route"]
+        counts = counts_of(route)
+        variants = {"all-big": lambda: model(x, BIG), "routed": lambda: model(x, router),
+                    "known": lambda: model(x, route, counts=counts)}
+        if device.type == "cuda":
+            fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
+            variants["all-big, compiled"] = lambda: fast(x, BIG)
+        row(f"prefill {B} x {x.shape[1]}", x.numel(), variants, route, x.shape[1])
+
+    n = min(16, longest // 2)
+    for B in batches:
+        x = text.repeat(-(-B // len(text)), 1)[:B, :2 * n]
+        cache = KVCache(model.config, B, device, model.compute_dtype)
+        model(x[:, :n], BIG, cache=cache)
+
+        def decode(step):
+            """step: i, token [B, 1] -> what the model gives"""
+            cache.length, cache.seq = n, {"idx": x[:, :n]}
+            return [step(i, x[:, n + i:n + i + 1]) for i in range(n)]
+        routes = [stats["route"] for _, _, stats in
+                  decode(lambda _, new: model(new, router, cache=cache, return_stats=True))]
+        counts = [counts_of(route) for route in routes]
+        row(f"decode, batch {B}", B * n, {
+            "all-big": lambda: decode(lambda _, new: model(new, BIG, cache=cache)),
+            "routed": lambda: decode(lambda _, new: model(new, router, cache=cache)),
+            "known": lambda: decode(lambda i, new: model(new, routes[i], cache=cache, counts=counts[i]))},
+            torch.cat(routes, 1), n + n // 2)
+    return rows
+
+
 def show(part, rows):
     """Print the rows as a table, and the kernels where they were recorded."""
     print(f"\n{part}")
@@ -300,7 +387,8 @@ def show(part, rows):
 def main(argv=None):
     bench = parse_config(BenchConfig, argv, PRESETS)
     device = find_device(bench.device)
-    parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference, "oracle": bench_oracle}
+    parts = {"train": bench_train, "execution": bench_execution, "inference": bench_inference, "oracle": bench_oracle,
+             "router": bench_router}
     if bench.part not in (*parts, "all"):
         raise UserError(f"--part={bench.part}: choose from {', '.join(parts)}, all")
     if bench.against and not (Path(bench.against) / "model.py").exists():

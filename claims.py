@@ -592,7 +592,11 @@ def router_findings(evaluated, base, contexts, base_seed):
             kinds.setdefault(notes["name"], {})[notes["budget"], notes["seed"]] = arrays
     for name, files in kinds.items():
         found += router_claims(name, files, base, ends(next(iter(files.values()))))
-    return without_nan([line | {"context": "sequential", "seeds": [base_seed], "command": "python router.py",
+    commands = {}
+    for notes in (json.loads(str(arrays["notes"])) for arrays in evaluated):
+        commands.setdefault(notes["name"], {})[notes["command"]] = None  # a dict keeps their order, each once
+    return without_nan([line | {"context": "sequential", "seeds": [base_seed],
+                                "command": "; ".join(commands[line["router"]]),
                                 "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}
                         for line in found])
 

@@ -197,7 +197,7 @@ class ReadOutLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         h, weight, grad = ctx.saved_tensors
         scale = grad_loss / h.size(0)
-        return (grad @ weight) * scale, (grad.T @ h) * scale, None
+        return (grad @ weight) * scale, (grad.T @ h) * scale if ctx.needs_input_grad[1] else None, None
 
 
 class KVCache:

@@ -3,6 +3,7 @@
     python router.py                                     the preset's set for the last run: train, calibrate, evaluate
     python router.py --name=mlp --budget=4,6             one kind of router, two budgets
     python router.py --choices=xsb --budget=6/3.6        6 BIG and 3.6 SKIP of 12 layers (50% big, 30% skip)
+    python router.py --joint --budget=4                  router and base together, a run of its own (or --budget=any)
     python sample.py --router=out/routers/mlp_k4_s1.pt   text, routed by it
 
 A router reads h, the residual that enters a layer, and gives three logits; the choice is their argmax. An example by
@@ -23,8 +24,14 @@ every other input in this model is; (2) biases start at the budget; (3) few step
 training text: the oracle's own files are about validation text, and a router trained on them would be tested on what
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
+--joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
+the schedules of tau and alpha are the same. The budget starts at all layers and falls to k in the first half: a BIG
+that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for each sequence, uniform over 1..L, and the
+router is told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
+
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
-no router trained on. On validation text the achieved budget is what it is; baselines are interpolated there.
+no router on a frozen base trained on. (The base has seen it, and so has a router that learned with it; but only a
+scalar is fitted there.) On validation text the achieved budget is what it is; baselines are interpolated there.
 
 A router's tokens see the keys and values of its own earlier choices: oracle.py's sequential context. The best fixed
 patterns, all-small and all-big are measured in it, too. Random patterns and the oracle come from oracle.py's files, of
@@ -38,11 +45,12 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -52,33 +60,52 @@ from tqdm import tqdm
 
 import claims
 import data
+import train
 from common import (
     UserError,
     arg,
     derive_seed,
+    find_device,
     generator,
     load_checkpoint,
     parse_config,
     run,
     save_checkpoint,
 )
-from model import BIG, SKIP, SMALL, KVCache
-from oracle import LETTERS, OracleConfig, Run, kept, signature, write_npz
+from model import BIG, SKIP, SMALL, KVCache, ReadOutLoss, random_route
+from oracle import LETTERS, OracleConfig, Run, write_npz
 from search import Search
 
 NAMES = ("linear", "gumbel", "mlp", "distilled", "advantage")
+JOINT_NAMES = NAMES[:3]
 GAIN_UNIT = 0.1  # nats per unit of the advantage router's logits
 
 
 @dataclass
-class RouterConfig:
+class Learning:
+    """What routers are asked for and learn by, on a frozen base or with it."""
+    name: str = arg("", f"which routers, comma separated: {', '.join(NAMES)}; --joint: linear, gumbel or mlp")
+    budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/3.6; --joint: one, or any")
+    choices: str = arg("sb", "sb, xsb or xb: letters of x (SKIP), s (SMALL), b (BIG)")
+    tau_start: float = arg(1.0, "temperature of P at the first step")
+    tau_end: float = arg(0.1, "and at the last; exponential in between")
+    alpha_start: float = arg(3.0, "weight of the budget loss at the first step")
+    alpha_end: float = arg(30.0, "and at the last; exponential in between")
+    per_token: bool = arg(False, "the budget loss is taken per token, not per sequence (the paper's)")
+    hidden: int = arg(64, "width of the MLPs")
+    # calibration and evaluation
+    calibration_tokens: int = arg(32768, "per domain, of training text (of which no router on a frozen base sees any)")
+    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned. With a multiple "
+                      "of oracle.py's number its windows are among these, and comparisons are paired")
+    joint: bool = arg(False, "train a router and its base together; takes train.py's flags (--joint --help)")
+
+
+@dataclass
+class RouterConfig(Learning):
     out_dir: str = arg("out", "folder of the run; its ckpt.pt is read, routers/ and routers.json are written")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
     seed: int = arg(1, "seeds init, data order, Gumbel noise and random routes, each a stream of its own")
     preset: str = arg("auto", "the set that is trained when no --name or --budget is given: cpu, gpu or debug")
-    name: str = arg("", f"which routers, comma separated: {', '.join(NAMES)}")
-    budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/3.6")
-    choices: str = arg("sb", "sb, xsb or xb: letters of x (SKIP), s (SMALL), b (BIG)")
     data_dir: str = arg("data", "where prepared corpora are kept")
     # training
     steps: int = arg(1500, "optimizer steps of each router")
@@ -86,20 +113,16 @@ class RouterConfig:
     learning_rate: float = arg(1e-2, "peak; linear warm-up, then a cosine down to 0")
     warmup_steps: int = arg(20, "linear warm-up")
     weight_decay: float = arg(0.01, "on the routers' matrices")
-    tau_start: float = arg(1.0, "temperature of P at the first step")
-    tau_end: float = arg(0.1, "and at the last; exponential in between")
-    alpha_start: float = arg(3.0, "weight of the budget loss at the first step")
-    alpha_end: float = arg(30.0, "and at the last; exponential in between")
-    per_token: bool = arg(False, "the budget loss is taken per token, not per sequence (the paper's)")
-    hidden: int = arg(64, "width of the MLPs")
     label_positions: int = arg(4, "distilled, advantage: positions of each sequence that are labelled per step")
     label_routes: int = arg(64, "distilled: random routes tried per label")
     label_temperature: float = arg(1.0, "distilled: nats; the lower, the more the best of the routes tried counts")
     save_interval: int = arg(100, "steps between checkpoints")
-    # calibration and evaluation
-    calibration_tokens: int = arg(32768, "per domain, of training text that no router trains on")
-    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned. With a multiple "
-                      "of oracle.py's number its windows are among these, and comparisons are paired")
+
+
+@dataclass
+class JointConfig(Learning, train.TrainConfig):
+    """train.py's flags, with --train_route left out of use: the router routes."""
+    anneal: float = arg(0.5, "share of the steps in which the budget falls from all layers to --budget, linearly")
 
 
 PRESETS = {
@@ -109,6 +132,8 @@ PRESETS = {
     "debug": {"steps": 4, "batch_size": 4, "calibration_tokens": 128, "label_positions": 2, "label_routes": 8,
               "warmup_steps": 1, "hidden": 8, "save_interval": 2},
 }
+JOINT_PRESETS = {name: values | {key: PRESETS[name][key] for key in ("hidden", "calibration_tokens")
+                                 if key in PRESETS[name]} for name, values in train.PRESETS.items()}
 SETS = {  # what `python router.py` trains: {name: budgets}
     "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),
     "cpu": {"linear": "4,6,8", "advantage": "4,6"},
@@ -124,9 +149,10 @@ FREE = {"out_dir", "device", "preset", "name", "budget", "data_dir", "save_inter
 class Router(nn.Module):
     """`logits [B, T, 3], state = router(layer, h, state, seq)`, h [B, T, d] the residual that enters the layer. All
     five kinds are this: hidden=0 is a linear layer per layer. choices: letters; others get the logit -inf. share:
-    (SKIP, SMALL, BIG), where the biases start."""
+    (SKIP, SMALL, BIG), where the biases start. told=True: it serves many budgets, and is told which, as the share of
+    BIG that is asked for: by seq["asked"] [B] while training, by the buffer `asked` afterwards."""
 
-    def __init__(self, shape, hidden, choices, share, rng):
+    def __init__(self, shape, hidden, choices, share, rng, told=False):
         super().__init__()
         L, d = shape.n_layer, shape.n_embd
         self.hidden, self.choices = hidden, choices
@@ -135,6 +161,10 @@ class Router(nn.Module):
             self.b_in = nn.Parameter(torch.zeros(L, hidden))
         self.w_out = nn.Parameter(torch.zeros(L, hidden or d, 3))  # zeros: at first all tokens are alike
         self.b_out = nn.Parameter(torch.tensor(share).clamp_min(0.01).log().repeat(L, 1))
+        if told:
+            self.w_k = nn.Parameter(torch.tensor([0.0, 0.0, 1.0]).repeat(L, 1))
+            self.register_buffer("asked", torch.tensor(share[BIG]))
+        self.told = told
         self.register_buffer("shift", torch.zeros(3))  # the calibration's
         self.register_buffer("missing", torch.tensor([c not in [LETTERS[x] for x in choices] for c in range(3)]))
 
@@ -143,12 +173,22 @@ class Router(nn.Module):
         if self.hidden:
             z = F.gelu(z @ self.w_in[layer] + self.b_in[layer])  # [B, T, hidden]
         logits = z @ self.w_out[layer] + self.b_out[layer] + self.shift
+        if self.told:  # log odds: then already at the start P_BIG is what is asked for
+            asked = seq.get("asked", self.asked).clamp(0.01, 0.99)
+            logits = logits + self.w_k[layer] * asked.logit().view(-1, 1, 1)
         return logits.masked_fill(self.missing, -math.inf), state
 
     def flops(self):
         """FLOPs per token of all layers' decisions, counted as model.flops counts."""
         L, n_in, n_out = self.w_out.shape
         return 2 * L * (n_in * n_out + (self.w_in.shape[1] * n_in if self.hidden else 0))
+
+
+    def groups(self, weight_decay):
+        """-> the optimizer's parameter groups: weight decay is for the matrices, not for biases."""
+        matrices = [p for key, p in self.named_parameters() if key in ("w_in", "w_out")]
+        others = [p for key, p in self.named_parameters() if key not in ("w_in", "w_out")]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def shares(n_layer, choices, n_big, n_skip):
@@ -169,43 +209,57 @@ def soft_gate(logits, tau):
     return p, p
 
 
-def gumbel_gate(logits, tau, rng):
+def gumbel_noise(B, T, L, rng):
+    """-> g [B, T, L, 3] on the generator's device: -log of exponential variables."""
+    return -torch.empty(B, T, L, 3, device=rng.device).exponential_(generator=rng).log()
+
+
+def gumbel_gate(logits, tau, g):
     """Straight-through: forward one choice, argmax(logits + g) with g ~ Gumbel, whose probabilities are exactly
     softmax(logits), so the budget loss takes these; backward the gradient of softmax((logits + g) / tau)."""
-    g = -torch.empty_like(logits).exponential_(generator=rng).log()
     soft = ((logits + g) / tau).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), 3).to(soft)
     return soft + (hard - soft).detach(), logits.softmax(-1)
 
 
-def mixed_forward(model, router, idx, targets, gate):
-    """Both FFNs for all tokens, mixed, so that gradients reach the router through the frozen model.
+def mixed_forward(model, router, idx, gate, seq=None):
+    """Both FFNs for all tokens, mixed, so that gradients reach the router through the model (SMALL is a sixteenth of
+    BIG, so that costs little more than all-BIG).
 
         x_l+1 = sum_c P_c H_c,    H_SKIP = x, H_SMALL = y + small(y), H_BIG = y + big(y), y = x + attention(x)
 
-    idx, targets [B, T]; gate: logits [B, T, 3] -> (P, shares) -> losses [B, T] in nats, shares [B, T, L, 3]
+    idx [B, T]; gate: layer, logits [B, T, 3] -> (P, shares); seq: what a router may know besides idx
+    -> h [B, T, d], which the read-out reads, shares [B, T, L, 3]
     """
     position = (model.cos[:, :idx.shape[1]], model.sin[:, :idx.shape[1]])
-    x, state, seq, asked = model.embedding(idx).to(model.compute_dtype), None, {"idx": idx}, []
+    x, state, seq, shares = model.embedding(idx).to(model.compute_dtype), None, {"idx": idx} | (seq or {}), []
     for layer, block in enumerate(model.blocks):
         logits, state = router(layer, x, state, seq)
-        p, share = gate(logits)
-        asked.append(share)
+        p, share = gate(layer, logits)
+        shares.append(share)
         p_skip, p_small, p_big = p.to(x.dtype).split(1, -1)  # [B, T, 1] each
         q, k, v = block.qkv(block.attention_norm(x)).chunk(3, -1)
         y = x + block.out(block.attend(q, k, v, *position, None, layer))
         h = block.ffn_norm(y)
         x = p_skip * x + (p_small + p_big) * y + p_small * block.small(h) + p_big * block.big(h)
-    logits = F.linear(model.final_norm(x), model.embedding.weight.to(x.dtype)).float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    return losses, torch.stack(asked, 2)
+    return model.final_norm(x), torch.stack(shares, 2)
 
 
 def budget_loss(share, wanted, per_token=False):
     """mean over sequences of (mean over layers and tokens of P_c - wanted share of c)^2; per_token: over tokens of
-    (mean over layers ...)^2. share [B, T, L, 3]; wanted {choice: share}"""
-    mean = share.mean(2) if per_token else share.mean((1, 2))  # [B, T, 3] or [B, 3]
+    (mean over layers ...)^2. share [B, T, L, 3]; wanted {choice: share, a number or [B, 1]}"""
+    mean = share.mean(2) if per_token else share.mean((1, 2)).unsqueeze(1)  # [B, T, 3] or [B, 1, 3]
     return sum(((mean[..., choice] - target) ** 2).mean() for choice, target in wanted.items())
+
+
+def mixed_loss(model, router, config, idx, targets, noise, tau, alpha, wanted, seq=None):
+    """CE + alpha * budget loss -> that, CE, BIG per token. noise: see gumbel_noise; None mixes softly (linear)."""
+    def gate(layer, logits):
+        return soft_gate(logits, tau) if noise is None else gumbel_gate(logits, tau, noise[:, :, layer])
+    h, share = mixed_forward(model, router, idx, gate, seq)
+    loss = ReadOutLoss.apply(h.flatten(0, 1), model.embedding.weight.to(h.dtype), targets.flatten())
+    return (loss + alpha * budget_loss(share, wanted, config.per_token), loss,
+            share[..., BIG].sum(-1).mean())
 
 
 def labels(model, idx, targets, share, choices, positions, n_routes, temperature, rng):
@@ -235,7 +289,8 @@ def labels(model, idx, targets, share, choices, positions, n_routes, temperature
     for t in where.tolist():
         search = Search(model, idx[:, t], past[..., :t, :], model.embedding.weight[targets[:, t]].float().unsqueeze(1))
         if n_routes:
-            routes = draw(n_routes, B, L)
+            # Each choice stands in each layer equally often: what is left of a layer's weights is what it does.
+            routes = random_route(B, n_routes, L, share[SKIP].item(), share[BIG].item(), rng).transpose(0, 1).long()
             weight = (-search.score(routes)[..., -1] / temperature).softmax(0)  # [n_routes, B]
             found.append(torch.einsum("nb,nblc->blc", weight, F.one_hot(routes, 3).float()))
         else:
@@ -290,12 +345,15 @@ def training_batch(corpus, batch_size, T, reserved, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
-def schedule(config, step):
-    """-> learning rate, tau, alpha at this step."""
-    done = step / max(1, config.steps - 1)
-    rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return (rate * min(1, (step + 1) / max(1, config.warmup_steps)),
-            config.tau_start * (config.tau_end / config.tau_start) ** done,
+def learning_rate(config, step):
+    """Linear warm-up, then a cosine down to 0."""
+    rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / max(1, config.steps - 1)))
+    return rate * min(1, (step + 1) / max(1, config.warmup_steps))
+
+
+def schedule(config, done):
+    """-> tau, alpha where a share `done` of the steps is done."""
+    return (config.tau_start * (config.tau_end / config.tau_start) ** done,
             config.alpha_start * (config.alpha_end / config.alpha_start) ** done)
 
 
@@ -303,7 +361,6 @@ def step_loss(model, router, config, name, budget, x, y, step):
     """The loss of one step -> loss, and its parts by name. Each step's noise has a seed of its own."""
     n_big, n_skip = budget
     L = len(model.blocks)
-    _, tau, alpha = schedule(config, step)
     rng = generator(x.device, config.seed, "router", "noise", step)
     if name in ("distilled", "advantage"):
         with torch.no_grad():
@@ -312,11 +369,11 @@ def step_loss(model, router, config, name, budget, x, y, step):
                                config.label_temperature, rng)
         loss = label_loss(router, name, h, target)
         return loss, {"loss": loss}
-    gate = (lambda z: soft_gate(z, tau)) if name == "linear" else (lambda z: gumbel_gate(z, tau, rng))
-    losses, share = mixed_forward(model, router, x, y, gate)
+    noise = None if name == "linear" else gumbel_noise(*x.shape, L, rng)
     wanted = {BIG: n_big / L} | ({SKIP: n_skip / L} if n_skip is not None else {})
-    budget_part = budget_loss(share, wanted, config.per_token)
-    return losses.mean() + alpha * budget_part, {"loss": losses.mean(), "BIG": share[..., BIG].mean() * L}
+    loss, cross_entropy, big = mixed_loss(model, router, config, x, y, noise,
+                                          *schedule(config, step / max(1, config.steps - 1)), wanted)
+    return loss, {"loss": cross_entropy, "BIG": big}
 
 
 def stem(name, budget, choices, seed):
@@ -327,9 +384,10 @@ def stem(name, budget, choices, seed):
 
 
 def new_router(shape, config, name, budget):
-    hidden = 0 if name in ("linear", "gumbel") else config.hidden
-    return Router(shape, hidden, config.choices, shares(shape.n_layer, config.choices, *budget),
-                  generator("cpu", config.seed, "router", "init"))
+    """budget: (n_big, n_skip); n_big None: a router for any, told which."""
+    hidden, (n_big, n_skip) = 0 if name in ("linear", "gumbel") else config.hidden, budget
+    share = shares(shape.n_layer, config.choices, shape.n_layer / 2 if n_big is None else n_big, n_skip)
+    return Router(shape, hidden, config.choices, share, generator("cpu", config.seed, "router", "init"), n_big is None)
 
 
 def read_router(path, checkpoint, device):
@@ -352,8 +410,9 @@ def load_router(path, checkpoint, shape, device):
     if "calibration" not in saved:
         raise UserError(f"{path}: is not finished, step {saved['step']} of {saved['config']['steps']}, not calibrated; "
                         "the router.py command that began it goes on")
-    config = RouterConfig(**saved["config"])
-    router = new_router(shape, config, saved["name"], saved["budget"])
+    for_any = "asked" in saved["router"]
+    router = new_router(shape, SimpleNamespace(**saved["config"]), saved["name"],
+                        (None, None) if for_any else saved["budget"])
     router.load_state_dict(saved["router"])
     return router.to(device).eval().requires_grad_(False), saved
 
@@ -366,11 +425,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
     device = model.cos.device
     model.requires_grad_(False)
     router = new_router(model.config, config, name, budget).to(device)
-    decayed = [p for key, p in router.named_parameters() if key.startswith("w")]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": config.weight_decay},
-                                   {"params": [router.b_out], "weight_decay": 0.0}], lr=config.learning_rate)
-    if router.hidden:
-        optimizer.param_groups[1]["params"].append(router.b_in)
+    optimizer = torch.optim.AdamW(router.groups(config.weight_decay), lr=config.learning_rate)
     step, mine = 0, {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     if path.exists():
         saved = read_router(path, checkpoint, device)
@@ -385,7 +440,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
     def save():
         save_checkpoint(path, {"router": router.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                "name": name, "budget": budget, "config": dataclasses.asdict(config),
-                               "checkpoint": checkpoint})
+                               "checkpoint": checkpoint, "command": command(config)})
     stop = []  # the first signal saves and leaves, a second one ends at once
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
                 for s in (signal.SIGINT, signal.SIGTERM)}
@@ -394,7 +449,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
     try:
         while step < config.steps:
             for group in optimizer.param_groups:
-                group["lr"] = schedule(config, step)[0]
+                group["lr"] = learning_rate(config, step)
             loss, parts = step_loss(model, router, config, name, budget, *batch(step), step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
@@ -420,6 +475,47 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return None if stop else router.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# router and base together, from the first step
+
+class Joint(nn.Module):
+    """A model and its router, as train.train wants them: called as the model is, with Gumbel noise for a route.
+
+    Text, optimizer and schedule are train.py's; the choices, drawn by the router, take the place of random ones.
+    """
+    figures = ("cross_entropy", "big")  # what forward reports behind the loss
+
+    def __init__(self, model, config, budget):
+        super().__init__()
+        self.model, self.config, self.budget = model, config, budget
+        self.router = new_router(model.config, config, config.name, budget).to(model.cos.device)
+
+    def batches(self, config, corpus, device, step, rank, world):
+        """train.micro_batches, its route replaced by noise [b, T, L, 3] and its counts by tau, alpha and the share of
+        BIG asked for [b]. As there, the whole batch is drawn and then cut."""
+        B, T, L = config.batch_size, config.block_size, config.n_layer
+        rng, n_big = generator(device, config.seed, "route", step), self.budget[0]
+        noise = None if config.name == "linear" else gumbel_noise(B, T, L, rng)
+        k = torch.full((B,), n_big or 0, device=device)
+        if n_big is None:
+            k.random_(1, L + 1, generator=rng)
+        done = step / max(1, config.max_steps - 1)
+        k = L + (k - L) * min(1, done / config.anneal if config.anneal else 1)
+        values = [torch.full((), value, device=device) for value in schedule(config, done)]
+        first = rank * (B // world)
+        for x, y, _, _ in train.micro_batches(config, corpus, device, step, rank, world):
+            rows = slice(first, first + len(x))
+            first += len(x)
+            yield x, y, None if noise is None else noise[rows], (*values, k[rows] / L)
+
+    def forward(self, idx, noise, targets, counts, return_logits=False):
+        """-> None, the loss, and the figures."""
+        (tau, alpha, asked), n_skip = counts, self.budget[1]
+        wanted = {BIG: asked.unsqueeze(1)} | ({SKIP: n_skip / len(self.model.blocks)} if n_skip is not None else {})
+        return None, *mixed_loss(self.model, self.router, self.config, idx, targets, noise, tau, alpha, wanted,
+                                 {"asked": asked})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,6 +582,7 @@ def load_patterns(r):
     return {}, None
 
 
+@torch.no_grad()
 def baselines(r, windows, patterns, context):
     """What routers are compared with -> {policy: (losses per sequence [n, L + 1], which n of the windows)}, and
     {policy: context}. Those of the patterns file are on its own windows and in its context; the best fixed patterns
@@ -495,22 +592,20 @@ def baselines(r, windows, patterns, context):
     found = {} if where is None else {policy: (losses.T, where) for policy, losses in
                                       claims.baseline_losses(patterns).items()}
     contexts = dict.fromkeys(found, context) | dict.fromkeys(("fixed", "all_small", "all_big"), "sequential")
+    if patterns and where is None:
+        print(f"oracle/patterns_{context}.npz: holds other validation sequences than these {len(idx)}, so its random "
+              f"patterns are left out; a multiple of its {len(patterns['idx']) // len(r.domains) * r.shape.block_size} "
+              "as --tokens has them")
     if where is None or len(where) < len(idx) or context == "frozen":
-        ks = range(L + 1) if patterns else (0, L)  # all-small and all-big need no file
-
-        def compute():
-            fixed = np.full((len(idx), L + 1), np.nan)
-            for d in range(len(r.domains)):
-                for rows in torch.from_numpy((domain == d).nonzero()[0]).split(32):
-                    x, y = idx[rows].to(r.device), targets[rows].to(r.device)
-                    for k in tqdm(ks, desc="fixed patterns", leave=False, mininterval=5):
-                        pattern = [SMALL, BIG][k == L] if k in (0, L) else torch.from_numpy(
-                            patterns["patterns"][patterns["chosen"][d, k]])
-                        fixed[rows, k] = r.exact(x, pattern, y, reduction="none")[1].mean(-1).double().cpu().numpy()
-            return {"fixed": fixed}
-        name = signature(r.checkpoint, r.domains, "fixed", len(idx), patterns["chosen"].tolist() if patterns else "")
-        with torch.no_grad():
-            found["fixed"] = kept(r.folder / "parts" / f"{name}-fixed.npz", compute)["fixed"], np.arange(len(idx))
+        fixed = np.full((len(idx), L + 1), np.nan)
+        for d in range(len(r.domains)):
+            for rows in torch.from_numpy((domain == d).nonzero()[0]).split(32):
+                x, y = idx[rows].to(r.device), targets[rows].to(r.device)
+                for k in range(L + 1) if patterns else (0, L):  # all-small and all-big need no file
+                    pattern = [SMALL, BIG][k == L] if k in (0, L) else torch.from_numpy(
+                        patterns["patterns"][patterns["chosen"][d, k]])
+                    fixed[rows, k] = r.exact(x, pattern, y, reduction="none")[1].mean(-1).double().cpu().numpy()
+        found["fixed"] = fixed, np.arange(len(idx))
     fixed, rows = found["fixed"]
     ends = {"all_small": fixed[:, :1], "all_big": fixed[:, -1:]}
     return found | {policy: (losses.repeat(L + 1, 1), rows) for policy, losses in ends.items()}, contexts
@@ -539,69 +634,162 @@ def parse_budgets(text, n_layer, choices):
     return budgets
 
 
+def command(config):
+    """-> the command line that gives this config."""
+    usual = type(config)(**(JOINT_PRESETS if config.joint else PRESETS).get(config.preset, {}))
+    return " ".join(["python router.py", *(f"--{key}={value}" for key, value in vars(config).items()
+                                           if value != getattr(usual, key))])
+
+
 def check(config):
-    """Raise UserError for values that cannot work, before anything is loaded -> {name: budgets}, what is asked for."""
+    """Raise UserError for values that cannot work, before anything is loaded -> the names asked for."""
     for name in ("steps", "batch_size", "learning_rate", "tau_start", "tau_end", "alpha_start", "alpha_end", "hidden",
                  "label_positions", "label_routes", "label_temperature", "save_interval", "calibration_tokens"):
-        if not 0 < getattr(config, name) < math.inf:
+        if not 0 < getattr(config, name, 1) < math.inf:  # a joint run has fewer; train.py checks its own
             raise UserError(f"--{name}={getattr(config, name)}: must be above 0, and finite")
     for name in ("warmup_steps", "weight_decay", "tokens"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name}={getattr(config, name)}: must be 0 or above, and finite")
     if config.choices not in ("sb", "xsb", "xb"):
         raise UserError(f"--choices={config.choices}: choose from sb, xsb, xb: x is SKIP, s SMALL, b BIG")
-    names = config.name.split(",") if config.name else list(SETS[config.preset])
+    names = config.name.split(",") if config.name else ["mlp"] if config.joint else list(SETS[config.preset])
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(NAMES)}"
             raise UserError(f"--name={name}: no such router; {hint}")
-    return {name: config.budget or SETS[config.preset].get(name, SETS[config.preset]["linear"]) for name in names}
+    if config.joint and (len(names) > 1 or names[0] not in JOINT_NAMES):
+        raise UserError(f"--name={config.name}: --joint trains one router, of {', '.join(JOINT_NAMES)}")
+    return names
 
 
-def evaluate(r, router, config, name, budget, calibration, windows):
-    """Hard choices on validation text -> the arrays of its npz file."""
-    idx, targets, domain = windows
-    start = time.time()
-    routes, losses = choose(r.exact, router, idx.to(r.device), targets.to(r.device))
-    n_big, n_skip = budget
-    trained = {key: getattr(config, key) for key in ("steps", "batch_size", "learning_rate", "tau_start", "tau_end",
-                                                     "alpha_start", "alpha_end", "per_token", "hidden")}
-    notes = {"name": name, "budget": n_big, "skip_budget": n_skip, "choices": config.choices, "seed": config.seed,
-             "checkpoint": r.checkpoint, "steps": config.steps, "calibration": calibration,
-             "shift": router.shift.tolist(), "router_flops": router.flops(), "config": trained,
-             "command": "python router.py " + " ".join(sys.argv[1:]), "torch": torch.__version__,
-             "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu",
-             "seconds_evaluating": time.time() - start}
-    if name == "advantage":  # the shift is the price: nats that a FLOP has to gain
+def start(config):
+    """-> the Run, its folder routers/, and the validation windows."""
+    r = Run(OracleConfig(out_dir=config.out_dir, device=config.device, seed=config.seed, preset=config.preset,
+                         data_dir=config.data_dir))
+    (Path(config.out_dir) / "routers").mkdir(exist_ok=True)
+    return r, Path(config.out_dir) / "routers", r.windows(config.tokens or min(TOKENS[config.preset], r.holds()))
+
+
+def calibrate_and_evaluate(r, config, router, path, saved, windows):
+    """Shift the router of a file to its budget, once, and measure it: the file, and its npz, are written."""
+    n_big, n_skip = saved["budget"]
+    if "calibration" not in saved:
+        T = r.shape.block_size
+        text, _ = data.to_tensors([r.corpus.train[domain][i:i + T + 1] for domain, starts in calibration_starts(
+            r.corpus, config.calibration_tokens, T, config.seed).items() for i in starts])
+        saved["calibration"] = calibrate(r.exact, router, text.to(r.device), saved["budget"])
+        saved["router"] = router.state_dict()
+        save_checkpoint(path, saved)
+    off = abs(saved["calibration"]["big"] - n_big)
+    if off > 0.05:
+        tqdm.write(f"{path.stem}: calibration ended {off:.2f} layers off its budget; its choices are too alike")
+    notes = {"name": saved["name"], "budget": n_big, "skip_budget": n_skip, "choices": config.choices,
+             "seed": config.seed, "steps": saved["step"], "calibration": saved["calibration"],
+             "shift": router.shift.tolist(), "config": saved["config"], "command": saved["command"]}
+    if saved["name"] == "advantage":  # the shift is the price: nats that a FLOP has to gain
         flops = r.exact.flops(BIG) - r.exact.flops(SMALL if "s" in config.choices else SKIP)
-        notes["price_nats_per_mflop"] = (-router.shift[BIG].item() * GAIN_UNIT
-                                         / (flops / r.shape.n_layer / 1e6))
-    return {"idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
-            "routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "checkpoint": r.checkpoint,
-            "flops": r.exact.flops(routes, r.shape.block_size).cpu().numpy(),
-            "bytes": r.corpus.token_bytes[targets.numpy()].sum(-1), "notes": json.dumps(notes)}
+        notes["price_nats_per_mflop"] = -router.shift[BIG].item() * GAIN_UNIT / (flops / r.shape.n_layer / 1e6)
+    evaluate(r, router, path.with_suffix(".npz"), notes, windows)
+
+
+def evaluate(r, router, path, notes, windows):
+    """Hard choices on validation text -> the npz file; notes: what routers.json says about the router."""
+    idx, targets, domain = windows
+    routes, losses = choose(r.exact, router, idx.to(r.device), targets.to(r.device))
+    notes |= {"checkpoint": r.checkpoint, "router_flops": router.flops() if hasattr(router, "flops") else 0,
+              "torch": torch.__version__,
+              "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu"}
+    if notes["budget"] is None:
+        notes["budget"] = round((routes == BIG).sum(-1).float().mean().item(), 2)
+    write_npz(path, {
+        "idx": idx.numpy(), "targets": targets.numpy(), "domain": domain, "domains": np.array(r.domains),
+        "routes": routes.cpu().numpy(), "losses": losses.cpu().numpy(), "checkpoint": r.checkpoint,
+        "flops": r.exact.flops(routes, r.shape.block_size).cpu().numpy(),
+        "bytes": r.corpus.token_bytes[targets.numpy()].sum(-1), "notes": json.dumps(notes)})
+
+
+def report(r, windows):
+    """All routers of this checkpoint against the baselines -> rows; routers.json is written, the table printed."""
+    rows, found = claims.router_report(r.config.out_dir, r.checkpoint, windows[0].numpy(),
+                                       *baselines(r, windows, *load_patterns(r)),
+                                       (r.exact.flops(SMALL), r.exact.flops(BIG)), r.rest["train_config"]["seed"])
+    print(claims.router_summary(rows, found))
+    print(f"done: {r.config.out_dir}/routers.json, router_findings.json and routers/")
+    return rows
+
+
+def measure(router, name, **flags):
+    """Put a router of your own on the same chart -> its objects of routers.json, one for each domain.
+
+    router: called as model.forward calls one; taken as it is, its budget is what it spends. name: of its row and file,
+    an own one; flags: out_dir, device, preset, tokens, as for the command. README has an example.
+    """
+    if name in NAMES:
+        raise UserError(f"{name}: is the name of a router of this file; give yours another")
+    config = RouterConfig(**flags)
+    if config.preset == "auto":
+        config.preset = "gpu" if find_device(config.device).type == "cuda" else "cpu"
+    r, folder, windows = start(config)
+    evaluate(r, router, folder / f"{name}.npz", {
+        "name": name, "budget": None, "skip_budget": None, "choices": config.choices, "seed": config.seed, "steps": 0,
+        "calibration": None, "shift": None, "config": {}, "command": "router.measure"}, windows)
+    return [row for row in report(r, windows) if row["name"] == name]
+
+
+def train_jointly(config):
+    """python router.py --joint: a run of its own, whose base has learned with its router."""
+    (config.name,) = check(config)
+    L = config.n_layer
+    config.budget = config.budget or "4"
+    budgets = [(None, None)] if config.budget == "any" else parse_budgets(config.budget, L, config.choices)
+    if len(budgets) > 1:
+        raise UserError(f"--budget={config.budget}: --joint trains for one budget, or for any")
+    if not 0 <= config.anneal <= 1:
+        raise UserError(f"--anneal={config.anneal}: must lie in 0..1, a share of the steps")
+    if config.train_route != "random":
+        raise UserError(f"--train_route={config.train_route}: with --joint the router routes; leave it out")
+    how = command(config)
+    result = train.train(config, lambda model: Joint(model, config, budgets[0]))
+    train.leave()
+    if result is None:
+        return 130
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
+    r, folder, windows = start(config)
+    n_big, n_skip = budgets[0]
+    for k in [n_big] if n_big is not None else range(2, L, 2):
+        router = new_router(r.shape, config, config.name, budgets[0]).to(r.device).eval().requires_grad_(False)
+        router.load_state_dict(r.rest["router"])
+        if router.told:
+            router.asked.fill_(k / L)
+        saved = {"router": router.state_dict(), "step": r.rest["step"], "name": config.name, "budget": (k, n_skip),
+                 "config": dataclasses.asdict(config), "checkpoint": r.checkpoint, "command": how}
+        path = folder / f"{stem(config.name, (k, n_skip), config.choices, config.seed)}.pt"
+        calibrate_and_evaluate(r, config, router, path, saved, windows)
+    report(r, windows)
+    return 0
 
 
 def main(argv=None):
+    flags = sys.argv[1:] if argv is None else argv
+    if any(flag.startswith("--joint") for flag in flags):
+        config = parse_config(JointConfig, argv, JOINT_PRESETS)
+        if config.joint:
+            return train_jointly(config)
     config = parse_config(RouterConfig, argv, PRESETS)
-    asked = check(config)
-    r = Run(OracleConfig(out_dir=config.out_dir, device=config.device, seed=config.seed, preset=config.preset,
-                         data_dir=config.data_dir))
+    names = check(config)
+    r, folder, windows = start(config)
+    reserved = calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size, config.seed)
     L, T = r.shape.n_layer, r.shape.block_size
-    jobs = [(name, budget) for name, text in asked.items() for budget in parse_budgets(text, L, config.choices)]
-    patterns, context = load_patterns(r)
-    windows = r.windows(config.tokens or min(TOKENS[config.preset], r.holds()))
+    sets = SETS[config.preset]
+    jobs = [(name, budget) for name in names
+            for budget in parse_budgets(config.budget or sets.get(name, sets["linear"]), L, config.choices)]
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
           f"sequences of {T}")
-    if not patterns:
+    if not load_patterns(r)[0]:
         print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
-    folder = Path(config.out_dir) / "routers"
-    folder.mkdir(exist_ok=True)
-    reserved = calibration_starts(r.corpus, config.calibration_tokens, T, config.seed)
-    calibration, _ = data.to_tensors([r.corpus.train[domain][i:i + T + 1] for domain in r.corpus.domains
-                                      for i in reserved[domain]])
 
     def batch(step):
         seed = derive_seed(config.seed, "router", "data", step)
@@ -618,22 +806,8 @@ def main(argv=None):
                 bar.close()
                 print(f"interrupted: {path} is saved; the same command goes on")
                 return 130
-            saved = load_checkpoint(path, r.device)
-            if "calibration" not in saved:
-                saved["calibration"] = calibrate(r.exact, router, calibration.to(r.device), budget)
-                saved["router"] = router.state_dict()
-                save_checkpoint(path, saved)
-            off = abs(saved["calibration"]["big"] - budget[0])
-            if off > 0.05:
-                bar.write(f"{path.stem}: calibration ended {off:.2f} layers off its budget; its choices are too alike")
-            arrays = evaluate(r, router, config, name, budget, saved["calibration"], windows)
-            write_npz(path.with_suffix(".npz"), arrays)
-    ends = r.exact.flops(SMALL), r.exact.flops(BIG)
-    rows, found = claims.router_report(config.out_dir, r.checkpoint, windows[0].numpy(),
-                                       *baselines(r, windows, patterns, context), ends,
-                                       r.rest["train_config"]["seed"])
-    print(claims.router_summary(rows, found))
-    print(f"done: {config.out_dir}/routers.json, router_findings.json and {folder}/")
+            calibrate_and_evaluate(r, config, router, path, load_checkpoint(path, r.device), windows)
+    report(r, windows)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ def main(argv=None):
     ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     if trained["train_route"] == "big" and (config.compare or config.route != "big"):
         print("note: this run was trained with --train_route=big, so its SMALL FFNs never learned", file=sys.stderr)
+    if trained["train_route"] == "router" and not config.router:
+        print(f"note: this base was trained with its router; give --router={config.out_dir}/routers/*.pt, one of those "
+              "files", file=sys.stderr)
     start = time.time()
     if config.compare:  # one batch of two sequences, each with its route: every forward runs both FFNs, on a row each
         route = torch.tensor([BIG, SMALL], device=device).view(2, 1, 1)

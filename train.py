@@ -6,8 +6,9 @@ random set of them (see model.random_route); (3) small models, and real Python t
 
 Logged to out_dir/metrics.jsonl, one object a line:
     kind "start"  config, versions, device, corpus fingerprint; one for each start or resume
-    kind "train"  step, loss (mean over the steps since the last line, nats), learning_rate, grad_norm, tokens (so far)
-    kind "eval"   step, and for each domain and route: loss (nats per token), bits_per_byte
+    kind "train"  step, loss (mean over the steps since the last line, nats), learning_rate, grad_norm, tokens (so far);
+                  with a router (router.py --joint) also cross_entropy, and big, the BIG choices per token
+    kind "eval"   step, and for each domain and route: loss (nats per token), bits_per_byte; big for a router's
     kind "end"    step, the last evaluation, and the interpolated bigram's loss on the same validation tokens
 """
 import dataclasses
@@ -94,7 +95,8 @@ PRESETS = {
               "max_steps": 20, "warmup_steps": 5, "eval_interval": 10, "save_interval": 10, "eval_sequences": 8},
 }
 # Fields that a resumed run may change. (Another device draws other routes: each kind has its own random generator.)
-FREE = {"out_dir", "device", "resume", "preset", "data_dir", "micro_batch", "eval_interval", "save_interval", "compile"}
+FREE = {"out_dir", "device", "resume", "preset", "data_dir", "micro_batch", "eval_interval", "save_interval", "compile",
+        "tokens"}  # the last: of router.py --joint, evaluation only
 LOG_INTERVAL = 10  # steps between log lines, and between checks for NaN (each check waits for the device)
 
 
@@ -132,7 +134,7 @@ def model_shape(config, vocab_size):
 
 
 def phase(config, step):
-    """-> what routes the tokens at this step ("random" or "big"), the step within the phase, the phase's length."""
+    """-> what routes the tokens at this step ("random", "big" or "router"), the step within the phase, its length."""
     if config.train_route != "big_then_small":
         return config.train_route, step, config.max_steps
     half = config.max_steps // 2
@@ -152,7 +154,7 @@ def freeze(model, config, step):
     """While all tokens are routed to BIG, the SMALL FFNs stay as they are; in the second phase of big_then_small they
     alone learn (paper, section 3.1, the ablation of Fig. 8)."""
     kind = phase(config, step)[0]
-    small_learns, rest_learns = kind == "random", kind == "big" or config.train_route == "random"
+    small_learns, rest_learns = kind != "big", kind == "big" or config.train_route != "big_then_small"
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(small_learns if ".small." in name else rest_learns)
 
@@ -204,10 +206,11 @@ def micro_batches(config, corpus, device, step, rank, world):
 
 
 @torch.no_grad()
-def evaluate(model, corpus, config, device):
+def evaluate(model, corpus, config, device, router=None):
     """-> {domain: {route: {"loss": nats per token, "bits_per_byte"}}}, at all-small, random (two ways) and all-big.
 
-    A model trained at all-big only (train_route=big) is evaluated there. Uses its own random stream; changes nothing.
+    A model trained at all-big only (train_route=big) is evaluated there; one trained with a router under its hard
+    choices, with "big", the BIG choices per token. Uses its own random stream; changes nothing.
     """
     model.eval()
     result = {}
@@ -215,19 +218,23 @@ def evaluate(model, corpus, config, device):
     for domain in corpus.domains:
         x, y = validation_windows(corpus, config, domain)
         n, n_bytes = len(x), token_bytes[y].sum().item()
-        routes = {"big": BIG}
-        if config.train_route != "big":
+        routes = {"big": BIG} if router is None else {"router": router}
+        if config.train_route not in ("big", "router"):
             g = generator(device, config.seed, "eval", domain)
             random = random_route(n, config.block_size, config.n_layer, 0.0, config.p_big, g)
             routes = {"small": SMALL, "random": random, "big": BIG}
         result[domain] = {}
         for name, route in routes.items():
-            total = 0.0
+            total, big = 0.0, 0
             for i in range(0, n, 32):
-                rows = route if isinstance(route, int) else route[i:i + 32]
-                loss = model(x[i:i + 32].to(device), rows, y[i:i + 32].to(device), reduction="none")[1]
+                rows = route[i:i + 32] if isinstance(route, torch.Tensor) else route
+                _, loss, stats = model(x[i:i + 32].to(device), rows, y[i:i + 32].to(device), reduction="none",
+                                       return_stats=True)
                 total += loss.cpu().double().sum().item()
+                big += (stats["route"] == BIG).sum().item()
             result[domain][name] = {"loss": total / y.numel(), "bits_per_byte": total / math.log(2) / max(n_bytes, 1)}
+            if router is not None:
+                result[domain][name]["big"] = big / y.numel()
     model.train()
     return result
 
@@ -255,7 +262,8 @@ def table(result, baseline=None):
     for domain, routes in result.items():
         for route, m in routes.items():
             nats, bits = m["loss"], m["bits_per_byte"]
-            lines.append(f"  {domain:<8}{route:<8}{nats:>11.4f}{math.exp(nats):>12.2f}{bits:>11.4f}")
+            big = f"   {m['big']:.2f} BIG per token" if "big" in m else ""
+            lines.append(f"  {domain:<8}{route:<8}{nats:>11.4f}{math.exp(nats):>12.2f}{bits:>11.4f}{big}")
         if baseline:
             lines.append(f"  {domain:<8}{'bigram':<8}{baseline[domain]:>11.4f}{math.exp(baseline[domain]):>12.2f}")
     return "\n".join(lines)
@@ -271,7 +279,7 @@ def average_gradients(model, world):
         parameter.grad = part.view_as(parameter)
 
 
-def compiled(model, config, corpus, device, step, rank, world):
+def compiled(model, batches, config, corpus, device, step, rank, world):
     """torch.compile(model), proven on a real batch; the model itself, after one clear line, where that fails."""
     if config.compile == "off" or config.compile == "auto" and device.type != "cuda":
         return model
@@ -282,7 +290,7 @@ def compiled(model, config, corpus, device, step, rank, world):
     mode = "reduce-overhead" if device.type == "cuda" and one_forward else None
     try:
         fast = torch.compile(model, dynamic=False, mode=mode)
-        x, y, route, counts = next(micro_batches(config, corpus, device, step, rank, world))
+        x, y, route, counts = next(batches(config, corpus, device, step, rank, world))
         for _ in range(3):  # warm up, capture, replay
             fast(x, route, y, counts=counts, return_logits=False)[1].backward()
             model.zero_grad(set_to_none=True)
@@ -300,7 +308,7 @@ def compiled(model, config, corpus, device, step, rank, world):
         return model
 
 
-def start_or_resume(config, model, optimizer, corpus, device, first=True):
+def start_or_resume(config, model, optimizer, corpus, device, first=True, router=None):
     """-> the step to start from. Raises UserError rather than overwrite a run, or resume one with another config."""
     path, step = Path(config.out_dir) / "ckpt.pt", 0
     if path.exists():
@@ -316,6 +324,8 @@ def start_or_resume(config, model, optimizer, corpus, device, first=True):
             raise UserError(f"{path}: was trained on corpus {checkpoint['fingerprint']}, but {corpus.folder} holds "
                             f"{corpus.fingerprint}; give the same --corpus, or choose another --out_dir")
         model.load_state_dict(checkpoint["model"])
+        if router is not None:
+            router.load_state_dict(checkpoint["router"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
     # What was logged after the checkpoint will be logged again. (Without one, that is all but the start lines.)
@@ -334,11 +344,14 @@ def join_processes(config):
     return dist.get_rank(), dist.get_world_size()
 
 
-def train(config):
+def train(config, joint=None):
     """Train as `config` says -> the last evaluation ({} but in the first process), or None where it was interrupted (by
-    SIGINT or SIGTERM, and saved)."""
+    SIGINT or SIGTERM, and saved).
+
+    joint: model -> a router.Joint, which then routes, and whose router learns along (router.py --joint)."""
     rank, world = join_processes(config)
     check(config, world)
+    config.train_route = "router" if joint else config.train_route
     device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and config.device in ("auto", "cuda")
                          and torch.cuda.is_available() else config.device)
     if device.type == "cuda":
@@ -362,10 +375,16 @@ def train(config):
     model.compute_dtype, why = compute_dtype(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
+    # What learns, what feeds it, and the router within: without --joint the model, micro_batches, none.
+    learner, batches, router = model, micro_batches, None
+    if joint:
+        learner = joint(model)
+        batches, router = learner.batches, learner.router
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                                   {"params": gains, "weight_decay": 0.0}],
+                                   {"params": gains, "weight_decay": 0.0},
+                                   *(router.groups(config.weight_decay) if joint else [])],
                                   lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
-    step = start_or_resume(config, model, optimizer, corpus, device, first)
+    step = start_or_resume(config, model, optimizer, corpus, device, first, router)
 
     say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
     say(model.parameter_table())
@@ -388,10 +407,12 @@ def train(config):
             save_checkpoint(folder / "ckpt.pt", {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                 "model_config": dataclasses.asdict(model_config), "train_config": dataclasses.asdict(config),
-                "fingerprint": corpus.fingerprint, "corpus": str(corpus.folder)})
+                "fingerprint": corpus.fingerprint, "corpus": str(corpus.folder),
+                **({"router": router.state_dict()} if joint else {})})
 
     freeze(model, config, step)
-    fast = compiled(model, config, corpus, device, step, rank, world)  # same parameters; evaluate and save use `model`
+    # The same parameters; evaluate and save use `model`.
+    fast = compiled(learner, batches, config, corpus, device, step, rank, world)
     stop = []  # signals received; the first one saves and leaves, a second one ends at once
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
                 for s in (signal.SIGINT, signal.SIGTERM)}
@@ -408,17 +429,17 @@ def train(config):
             if step == config.max_steps // 2:
                 freeze(model, config, step)
             n_micro = config.batch_size // world // config.micro_batch
-            step_loss = torch.zeros((), device=device)
-            for x, y, route, counts in micro_batches(config, corpus, device, step, rank, world):
-                loss = fast(x, route, y, counts=counts, return_logits=False)[1] / n_micro
-                loss.backward()
-                step_loss += loss.detach()
+            figures = 0  # the loss, and what a router has to report
+            for x, y, route, counts in batches(config, corpus, device, step, rank, world):
+                _, loss, *more = fast(x, route, y, counts=counts, return_logits=False)
+                (loss / n_micro).backward()
+                figures = figures + torch.stack([loss, *more]).detach() / n_micro
             if world > 1:
-                average_gradients(model, world)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                average_gradients(learner, world)
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), config.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(torch.where(norm.isfinite(), step_loss, norm))  # such a gradient has spoilt the weights too
+            losses.append(torch.where(norm.isfinite(), figures, norm))  # such a gradient has spoilt the weights too
             step += 1
             bar.update()
 
@@ -426,12 +447,12 @@ def train(config):
             saving = step % config.save_interval == 0 or step == config.max_steps
             leaving = bool(stop) and world == 1
             if step % LOG_INTERVAL == 0 or evaluating or saving or leaving:
-                values = torch.stack(losses)
+                values = torch.stack(losses)  # [steps, figures]
                 if world > 1:  # the mean loss, and whether any process was told to stop
-                    flag = torch.cat((values / world, torch.tensor([float(bool(stop))], device=device)))
+                    flag = torch.cat((values.flatten() / world, torch.tensor([float(bool(stop))], device=device)))
                     dist.all_reduce(flag)
-                    values, leaving = flag[:-1], flag[-1].item() > 0  # all of them leave at the same step
-                values, losses = values.tolist(), []
+                    values, leaving = flag[:-1].view_as(values), flag[-1].item() > 0  # all leave at the same step
+                (values, *more), losses = values.T.tolist(), []
                 bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
                 if bad is not None:
                     raise UserError(f"loss is {values[bad]} at step {step - len(values) + bad + 1}: lower "
@@ -447,9 +468,11 @@ def train(config):
                 if first:
                     append_jsonl(log, {"kind": "train", "step": step, "loss": mean,
                                        "learning_rate": learning_rate(config, step - 1),
-                                       "grad_norm": norm.item(), "tokens": step * tokens_per_step})
+                                       "grad_norm": norm.item(), "tokens": step * tokens_per_step,
+                                       **{name: sum(v) / len(v) for name, v in
+                                          zip(learner.figures if joint else (), more, strict=True)}})
             if evaluating and first:
-                result = evaluate(model, corpus, config, device)
+                result = evaluate(model, corpus, config, device, router)
                 append_jsonl(log, {"kind": "eval", "step": step, "domains": result})
                 if step < config.max_steps:  # the last one is printed at the end, beside the bigram's
                     bar.write(f"step {step}, validation\n{table(result)}")
@@ -475,11 +498,16 @@ def train(config):
     return result
 
 
-def main(argv=None):
-    result = train(parse_config(TrainConfig, argv, PRESETS))
+def leave():
+    """End the process group, where there is one."""
     if dist.is_initialized():
         dist.barrier()  # one that leaves while the first still works may abort, which torchrun calls a failure
         dist.destroy_process_group()
+
+
+def main(argv=None):
+    result = train(parse_config(TrainConfig, argv, PRESETS))
+    leave()
     return 130 if result is None else 0
 
 

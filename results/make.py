@@ -168,6 +168,37 @@ def routers():
                      for row in sorted(rows, key=lambda row: (row["budget"], order.index(row["name"])))])
 
 
+def joint(name):
+    """Router and base trained together against dense models, mean over seeds; the last column is paired."""
+    report = json.loads((HERE / name).read_text())
+    titles = {"joint": f"router and base together, k = {report['k']}", "equal": "dense, FLOPs of the former",
+              "full": "dense, all BIG"}
+    rows = []
+    for key, title in titles.items():
+        minus = f"joint - {key}"
+        rows.append([title, f"{statistics.mean(seed['flops'][key] for seed in report['seeds']) / 1e6:.2f}",
+                     mean_and_spread([seed["loss"]["all"][key][0] for seed in report["seeds"]]),
+                     "" if key == "joint" else cell(report["mean_over_seeds"]["all"][minus]),
+                     "" if key == "joint" else f"{report['standard_deviation_over_seeds'][minus]:.3f}"])
+    return markdown(["model", "MFLOP per token", "loss", "joint minus it", "spread over seeds"], rows)
+
+
+def any_budget(name):
+    """One base and one router that is told k."""
+    report = json.loads((HERE / name).read_text())
+    return markdown(["told k", "BIG", "MFLOP per token", "loss", "minus full dense"],
+                    [[row["k"], f"{row['big_per_token']:.2f}", f"{row['flops'] / 1e6:.2f}",
+                      f"{row['loss']['all']['any'][0]:.3f}", cell(row["loss"]["all"]["any - full"])]
+                     for row in report["any"]])
+
+
+def router_time(name):
+    report = json.loads((HERE / name).read_text())
+    return markdown(["", "BIG", "FLOPs saved", "time saved", "time saved, choices known"],
+                    [[row["what"], f"{row['big']:.2f}", f"{row['flops_saved']:.1%}", f"{row['time_saved']:.1%}",
+                      f"{row['time_saved, known']:.1%}"] for row in report["router"]])
+
+
 def searches():
     """DP and greedy over all k: against exhaustive search at 12 layers, against the widest early DP at 24."""
     rows = {}
@@ -190,7 +221,9 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
-          "findings": findings, "routers-h100": routers, "searches-cpu": searches}
+          "findings": findings, "routers-h100": routers, "joint-cpu": lambda: joint("cpu_joint.json"),
+          "any-cpu": lambda: any_budget("cpu_joint.json"),
+          "router-time-cpu": lambda: router_time("cpu_router_bench.json"), "searches-cpu": searches}
 
 
 def fill(text):

@@ -43,11 +43,34 @@ def test_tables_on_the_cpu(tmp_path, capsys, monkeypatch):
     one_small = 2 * 6 * 128 * 32
     expected = (model.flops(BIG) - model.flops(SMALL)) / 2 + one_small
     assert half == pytest.approx(expected / (model.flops(BIG) + one_small))
+    assert [r["what"] for r in report["router"]] == ["prefill 2 x 16", "decode, batch 1", "decode, batch 2"]
+    for row in report["router"]:
+        assert row["time_saved"] == pytest.approx(1 - row["us/token, routed"] / row["us/token, all-big"])
+        assert row["time_saved / flops_saved"] == pytest.approx(row["time_saved"] / row["flops_saved"])
     printed = capsys.readouterr().out
     assert "flops_saved" in printed and "time_saved" in printed
 
 
+def test_flops_saved_by_a_router(monkeypatch):
+    """Counted by hand: each BIG in place of a SMALL costs 6 d (w_big - w_small); the router's own work is added."""
+    monkeypatch.setattr(bench, "measure", lambda variants, device: dict.fromkeys(variants, 1.0))
+    config = bench.BenchConfig(preset="debug")
+    model, router, text = bench.routed_model(config, torch.device("cpu"))
+    for row in bench.bench_router(config, torch.device("cpu")):
+        T = 16 if "prefill" in row["what"] else 12
+        big = model.flops(BIG, T)
+        spent = model.flops(SMALL, T) + row["big"] * 6 * 64 * (256 - 16) + router.flops()
+        assert row["flops_saved"] == pytest.approx(1 - spent / big)
+        assert 0 < row["big"] < 2
+
+
+def test_counts_of_a_route():
+    route = torch.tensor([[[0, 2], [1, 2], [2, 2]]])
+    assert bench.counts_of(route) == [(1, 1, 1), (0, 0, 3)]
+
+
 @pytest.mark.parametrize("flag, words", [
+    ("--router=no.pt", "no checkpoint here"),
     ("--part=speed", "--part=speed: choose from train, execution"),
     ("--against=nowhere", "--against=nowhere: no model.py there"),
     pytest.param("--part=train", "--part=train and --against: need a GPU",
@@ -57,7 +80,7 @@ def test_tables_on_the_cpu(tmp_path, capsys, monkeypatch):
 ])
 def test_bad_input(flag, words):
     with pytest.raises(UserError, match=words):
-        bench.main(["--preset=debug", flag])
+        bench.main(["--preset=debug", "--part=router", "--out_dir=nowhere", flag])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

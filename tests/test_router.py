@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from test_train import differences, write_texts
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import claims
 import oracle
 import router
@@ -112,13 +115,12 @@ def test_flops_of_a_router():
 def test_one_hot_mix_equals_the_route(model, text, p_skip):
     idx, targets = text
     route = random_route(B, T, L, p_skip, 0.4, torch.Generator().manual_seed(4))
-    layers = iter(route.unbind(-1))
 
-    def gate(logits):
-        p = F.one_hot(next(layers).long(), 3).float()
+    def gate(layer, logits):
+        p = F.one_hot(route[..., layer].long(), 3).float()
         return p, p
-    losses, share = mixed_forward(model, random_router("xsb"), idx, targets, gate)
-    torch.testing.assert_close(losses, model(idx, route, targets, reduction="none")[1])
+    h, share = mixed_forward(model, random_router("xsb"), idx, gate)
+    torch.testing.assert_close(h @ model.embedding.weight.T, model(idx, route)[0])
     assert share.equal(F.one_hot(route.long(), 3).float())
 
 
@@ -133,24 +135,28 @@ def test_soft_mix_by_hand(model, text):
         sin_cos = model.cos[:, :T], model.sin[:, :T]
         outputs = [block.forward_dense(x, torch.full((B, T), c), *sin_cos) for c in (SKIP, SMALL, BIG)]
         x = sum(weight.unsqueeze(-1) * out for weight, out in zip(p, outputs, strict=True))
-    log_p = (model.final_norm(x) @ model.embedding.weight.T).log_softmax(-1)
-    expected = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    losses, share = mixed_forward(model, made, idx, targets, lambda z: soft_gate(z, tau))
-    torch.testing.assert_close(losses, expected)
+    h, share = mixed_forward(model, made, idx, lambda layer, z: soft_gate(z, tau))
+    torch.testing.assert_close(h, model.final_norm(x))
     torch.testing.assert_close(share[:, :, -1], torch.stack(p, -1))
+    log_p = (model.final_norm(x) @ model.embedding.weight.T).log_softmax(-1)
+    expected = -log_p.gather(-1, targets.unsqueeze(-1)).mean()
+    loss, cross_entropy, big = router.mixed_loss(model, made, DEBUG, idx, targets, None, tau, 2.0, {BIG: 0.3})
+    torch.testing.assert_close(cross_entropy, expected)
+    torch.testing.assert_close(loss, expected + 2 * budget_loss(share, {BIG: 0.3}))
+    torch.testing.assert_close(big, share[..., BIG].sum(-1).mean())
 
 
 def test_gumbel_gate():
     """Forward one hot and drawn with softmax(logits); backward the gradient of the soft choice."""
     logits = torch.tensor([0.5, -math.inf, 1.5]).repeat(200, 100, 1).requires_grad_()
-    p, share = router.gumbel_gate(logits, 0.5, torch.Generator().manual_seed(1))
+    noise = router.gumbel_noise(200, 100, 1, torch.Generator().manual_seed(1))[:, :, 0]
+    p, share = router.gumbel_gate(logits, 0.5, noise)
     torch.testing.assert_close(p.detach().sort(-1).values, torch.tensor([0.0, 0, 1]).expand(200, 100, 3))
     expected = torch.tensor([0.5, -math.inf, 1.5]).softmax(-1)
     assert (p.mean((0, 1)) - expected).abs().max() < 0.02
     torch.testing.assert_close(share[0, 0], expected)
     p[..., BIG].sum().backward()
     grad, logits.grad = logits.grad, None
-    noise = -torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(1)).log()
     ((logits + noise) / 0.5).softmax(-1)[..., BIG].sum().backward()
     torch.testing.assert_close(grad, logits.grad)
     assert grad.max() > 0.4
@@ -166,7 +172,8 @@ def test_gradient_of_the_budget_loss(model, text, choices, per_token):
     wanted = {BIG: 0.3} | ({SKIP: 0.2} if choices == "xsb" else {})
 
     def loss():  # float64 all the way, but for rms_norm's input, which the router takes in float32
-        return budget_loss(mixed_forward(model, made, idx, targets, lambda z: soft_gate(z, 0.7))[1], wanted, per_token)
+        share = mixed_forward(model, made, idx, lambda layer, z: soft_gate(z, 0.7))[1]
+        return budget_loss(share, wanted, per_token)
     loss().backward()
     rng = torch.Generator().manual_seed(5)
     for weight in (made.w_out, made.b_out):
@@ -188,6 +195,9 @@ def test_budget_loss_by_hand():
     assert budget_loss(share, {BIG: 0.25}).item() == pytest.approx(0.25 ** 2)
     assert budget_loss(share, {BIG: 0.25}, per_token=True).item() == pytest.approx(0.5 ** 2 / 2)
     assert budget_loss(share, {BIG: 0.5, SKIP: 0.5}).item() == pytest.approx(0.25)
+    both, asked = share.repeat(2, 1, 1, 1), torch.tensor([[0.5], [0.25]])  # each sequence has its own budget
+    assert budget_loss(both, {BIG: asked}).item() == pytest.approx(0.25 ** 2 / 2)
+    assert budget_loss(both, {BIG: asked}, per_token=True).item() == pytest.approx((2 * 0.25 ** 2 + 0.5 ** 2) / 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -438,6 +448,17 @@ def test_more_windows_than_the_oracle_has(go, tmp_path):
     assert row["compared_on"]["random"] == row["compared_on"]["oracle"] == 4
 
 
+def test_other_windows_than_the_oracle_has(go, tmp_path, capsys):
+    assert go(name="linear", budget="1", tokens=48) is None
+    assert "patterns_sequential.npz: holds other" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "run" / "routers.json").read_text())
+    assert "random" not in row
+    assert row["compared_on"]["fixed"] == 3  # those are forwarded
+    assert row["command"].startswith("python router.py ")
+    assert {"--name=linear", "--tokens=48", "--preset=debug"} <= set(row["command"].split())
+    assert not (tmp_path / "run" / "oracle" / "parts").exists()
+
+
 def test_frozen_baselines_where_there_are_no_others(go, tmp_path, here, capsys):
     go(name="linear", steps=1)
     (tmp_path / "run" / "oracle" / "patterns_sequential.npz").unlink()
@@ -545,6 +566,185 @@ def test_calibration_text_is_never_trained_on(here):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# router and base together
+
+@pytest.fixture
+def together(here, tmp_path):
+    """-> a function: out_dir, options -> the exit code of router.py --joint"""
+    def together(folder="joint", **options):
+        options = TINY | {"corpus": here / "texts", "data_dir": here / "data", "out_dir": tmp_path / folder,
+                          "budget": 1, "max_steps": 6, "eval_interval": 6, "tokens": 64} | options
+        return router.main(["--joint", *(f"--{key}={value}" for key, value in options.items())])
+    return together
+
+
+def test_joint_training_learns_and_meets_its_budget(together, tmp_path, capsys, monkeypatch):
+    assert together(max_steps=60, learning_rate=0.02, eval_interval=60, skip_every=0) == 0
+    log = train.read_jsonl(tmp_path / "joint" / "metrics.jsonl")
+    first, *_, last = [line for line in log if line["kind"] == "train"]
+    assert last["cross_entropy"] < first["cross_entropy"] - 1
+    assert last["big"] == pytest.approx(1, abs=0.15)
+    assert last["loss"] >= last["cross_entropy"]
+    (evaluation,) = [line for line in log if line["kind"] == "eval"]
+    assert all(0 <= routes["router"]["big"] <= 3 for routes in evaluation["domains"].values())
+    rows = json.loads((tmp_path / "joint" / "routers.json").read_text())
+    (row,) = rows  # one domain
+    assert (row["name"], row["budget"], row["steps"]) == ("mlp", 1, 60)
+    assert row["calibration"]["big"] == pytest.approx(1, abs=0.05)
+    # The base is a run as any other, the router a file as any other.
+    model, shape, rest = load_run(tmp_path / "joint", "cpu")
+    made, _ = router.load_router(tmp_path / "joint" / "routers" / "mlp_k1_s1.pt", row["checkpoint"], shape, "cpu")
+    file = dict(np.load(tmp_path / "joint" / "routers" / "mlp_k1_s1.npz"))
+    idx, targets = (torch.from_numpy(file[key]) for key in ("idx", "targets"))
+    route, losses = router.choose(model, made, idx, targets)
+    assert losses.mean().item() == pytest.approx(row["loss"], abs=1e-5)
+    assert rest["train_config"]["train_route"] == "router"
+    flags = [f"--out_dir={tmp_path / 'joint'}", "--device=cpu", "--tokens=5"]
+    sample.main(flags)
+    assert "trained with its router" in capsys.readouterr().err
+    path = tmp_path / "joint" / "routers" / "mlp_k1_s1.pt"
+    sample.main([*flags, f"--router={path}"])
+    assert "BIG per token" in (written := capsys.readouterr().err)
+    assert "note" not in written
+    # bench.py times it on its own validation text.
+    monkeypatch.setattr(bench, "measure", lambda variants, device: {key: f() and 1.0 for key, f in variants.items()})
+    timed = bench.bench_router(bench.BenchConfig(preset="debug", out_dir=str(tmp_path / "joint"), router=str(path)),
+                               torch.device("cpu"))
+    assert all(0 < row["big"] < 3 for row in timed)
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "linear", "micro_batch": 2}, {"budget": "any"},
+                                     {"name": "gumbel", "choices": "xsb", "budget": "1/1"}])
+def test_joint_interrupted_and_resumed_is_bitwise_the_same(together, tmp_path, monkeypatch, options):
+    assert together("straight", **options) == 0
+
+    class Crash(Exception):
+        pass
+
+    def crash(config, corpus, device, step, rank, world):
+        if step == 3:
+            raise Crash
+        return batches(config, corpus, device, step, rank, world)
+    batches = train.micro_batches
+    monkeypatch.setattr(train, "micro_batches", crash)
+    with pytest.raises(Crash):
+        together("cut", save_interval=2, **options)
+    monkeypatch.setattr(train, "micro_batches", batches)
+    assert together("cut", resume=True, **options) == 0
+    straight, cut = (load_checkpoint(tmp_path / folder / "ckpt.pt") for folder in ("straight", "cut"))
+    for key in ("model", "router", "optimizer", "step"):
+        assert not differences(straight[key], cut[key])
+    files = sorted(path.name for path in (tmp_path / "straight" / "routers").glob("*.pt"))
+    for name in files:
+        straight, cut = (load_checkpoint(tmp_path / folder / "routers" / name) for folder in ("straight", "cut"))
+        assert not differences(straight["router"], cut["router"])
+    assert files == [{"linear": "linear_k1_s1.pt", "gumbel": "gumbel_k1_x1_s1_xsb.pt"}.get(
+        options.get("name"), "mlp_k2_s1.pt" if options else "mlp_k1_s1.pt")]  # any: 2, 4, .. below L
+
+
+def test_joint_batches_are_cut_as_train_cuts_them(here, model):
+    """One process and two, whole and in micro-batches: the same text, noise and budgets."""
+    corpus = oracle.Run(oracle.OracleConfig(out_dir=str(here / "run"), device="cpu",
+                                            data_dir=str(here / "data"))).corpus
+    config = router.JointConfig(batch_size=4, micro_batch=4, block_size=T, n_layer=L, name="mlp", budget="any")
+    joint = router.Joint(model, config, (None, None))
+
+    def rows(rank=0, world=1, micro_batch=4):
+        cut = dataclasses.replace(config, micro_batch=micro_batch)
+        parts = list(joint.batches(cut, corpus, torch.device("cpu"), 5, rank, world))
+        return [torch.cat(part) for part in zip(*[(x, y, noise, asked) for x, y, noise, (_, _, asked) in parts],
+                                                strict=True)]
+    def asked(step, **flags):
+        changed = dataclasses.replace(config, max_steps=11, **flags)
+        return next(router.Joint(model, changed, (1.0, None)).batches(changed, corpus, torch.device("cpu"), step, 0,
+                                                                      1))[3][2] * L
+    for step, k in ((0, 3), (2, 2.2), (5, 1), (10, 1)):  # the budget falls from L = 3 to 1 in half of the steps
+        torch.testing.assert_close(asked(step), torch.full((4,), float(k)))
+    torch.testing.assert_close(asked(0, anneal=0.0), torch.ones(4))
+    config.anneal = 0.0
+    whole = rows()
+    assert whole[2].shape == (4, T, L, 3)
+    assert set((whole[3] * L).round().tolist()) <= {1, 2, 3}
+    for cut in (rows(micro_batch=1), [torch.cat(pair) for pair in zip(rows(0, 2, 2), rows(1, 2, 2), strict=True)]):
+        assert all(a.equal(b) for a, b in zip(whole, cut, strict=True))
+
+
+def test_joint_compiles_without_breaks(model, text):
+    """One graph, and none anew when tau, alpha or k change; values and gradients as without (the GPU's path)."""
+    config = router.JointConfig(name="mlp", hidden=8)
+    joint = router.Joint(copy.deepcopy(model).requires_grad_(True), config, (None, None))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    fast = torch.compile(joint, backend=backend, fullgraph=True, dynamic=False)
+    noise = router.gumbel_noise(B, T, L, torch.Generator().manual_seed(1))
+    for value in (1.0, 0.3):
+        counts = (torch.tensor(value), torch.tensor(3 * value), torch.full((B,), value / 2))
+        for learner in (joint, fast):
+            joint.zero_grad(set_to_none=True)
+            _, loss, *_ = learner(text[0], noise, text[1], counts=counts)
+            loss.backward()
+            grads = [p.grad for p in joint.parameters() if p.grad is not None]
+            if learner is joint:
+                expected = loss.item(), [g.clone() for g in grads]
+        assert loss.item() == pytest.approx(expected[0])
+        for a, b in zip(grads, expected[1], strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == 1
+
+
+def test_a_router_for_any_budget_is_told_which(model):
+    """At the start its probability of BIG is the share asked for; each k is then met by calibration."""
+    config = dataclasses.replace(DEBUG, hidden=8)
+    made = router.new_router(SHAPE, config, "mlp", (None, None))
+    h = torch.randn(2, T, SHAPE.n_embd)
+    p = made(0, h, None, {"asked": torch.tensor([0.25, 0.75])})[0].softmax(-1)[..., BIG]
+    torch.testing.assert_close(p[:, 0], torch.tensor([0.25, 0.75]))
+    made.w_out.data = torch.randn(made.w_out.shape, generator=torch.Generator().manual_seed(3))
+    idx = torch.randint(SHAPE.vocab_size, (64, T), generator=torch.Generator().manual_seed(4))
+    free = []
+    for k in (1, 2):
+        made.asked.fill_(k / L)
+        made.shift.zero_()
+        free.append((stats_of(model, made, idx) == BIG).sum(-1).float().mean().item())
+        assert router.calibrate(model, made, idx, (k, None))["big"] == pytest.approx(k, abs=0.05)
+    assert free[1] > free[0] + 0.5  # what it is told matters, before any calibration
+    whole, cache = stats_of(model, made, idx[:2]), KVCache(SHAPE, 2, idx.device, torch.float32)
+    routes = [stats_of(model, made, token, cache=cache) for token in idx[:2].split(1, 1)]
+    assert torch.cat(routes, 1).equal(whole)
+
+
+@pytest.mark.parametrize("options, parts", [
+    ({"name": "distilled"}, ["--name=distilled", "linear, gumbel, mlp"]),
+    ({"name": "linear,mlp"}, ["--name=linear,mlp", "one router"]),
+    ({"name": "mpl"}, ["--name=mpl", "did you mean mlp?"]),
+    ({"budget": "1,2"}, ["--budget=1,2", "any"]),
+    ({"budget": 4}, ["--budget=4", "0..3"]),
+    ({"tau_end": 0}, ["--tau_end=0", "above 0"]),
+    ({"max_steps": 0}, ["--max_steps=0", "above 0"]),
+    ({"anneal": 2}, ["--anneal=2", "0..1"]),
+    ({"train_route": "big"}, ["--train_route=big", "--joint"]),
+    ({"steps": 5}, ["--steps", "--"]),
+])
+def test_joint_bad_values(together, tmp_path, options, parts):
+    user_error(lambda: together(**options), *parts)
+    assert not (tmp_path / "joint").exists()
+
+
+def test_joint_does_not_overwrite(together, tmp_path, here):
+    together()
+    user_error(together, "ckpt.pt", "--resume")
+    user_error(lambda: together(resume=True, alpha_end=5.0), "--alpha_end=30.0", "not 5.0")
+    user_error(lambda: train.main([f"--{key}={value}" for key, value in (TINY | {
+        "corpus": here / "texts", "data_dir": here / "data", "max_steps": 6, "out_dir": tmp_path / "joint",
+        "resume": True}).items()]), "ckpt.pt", "--train_route=router")
+    user_error(lambda: train.main(["--train_route=router"]), "--train_route=router", "big_then_small")
+    assert together(resume=True) == 0  # finished: calibrated and measured again, nothing trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
 @pytest.mark.parametrize("options, parts", [
@@ -611,6 +811,30 @@ def test_sampling_by_a_router(go, tmp_path, capsys):
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={path}", "--route=small"]), "--router", "--route")
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={out / 'no.pt'}"]), "no.pt", "python router.py")
     user_error(lambda: sample.main([f"--out_dir={out}", f"--router={out / 'ckpt.pt'}"]), "ckpt.pt", "no router file")
+
+
+def test_the_router_in_the_readme(go, here, tmp_path, monkeypatch, text):
+    """A router of one's own: the snippet, run as it stands on another run, gets a row of its own and can decode."""
+    readme = (Path(router.__file__).parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 20
+    go("out/cpu", name="linear", steps=1)
+    (tmp_path / "data").symlink_to(here / "data")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    rows = json.loads((tmp_path / "out/cpu/routers.json").read_text())
+    assert {row["name"] for row in rows} == {"linear", "new_tokens"}
+    assert names["rows"] == [row for row in rows if row["name"] == "new_tokens"]
+    assert 0 < names["rows"][0]["achieved"] < 1
+    model, own, (idx, _) = load_run("out/cpu", "cpu")[0], names["NewTokens"](), text
+    whole, cache = stats_of(model, own, idx), KVCache(model.config, B, idx.device, torch.float32)
+    for b in range(B):
+        new = [token not in idx[b, :t] for t, token in enumerate(idx[b])]
+        assert (whole[b, :, 2] == BIG).tolist() == new
+    routes = [stats_of(model, own, piece, cache=cache) for piece in idx.split([5, 1, 1, T - 7], 1)]
+    assert torch.cat(routes, 1).equal(whole)
+    user_error(lambda: router.measure(own, "mlp", out_dir="out/cpu"), "mlp", "another")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

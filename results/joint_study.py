@@ -1,0 +1,106 @@
+"""The runs behind cpu_joint.json: python results/joint_study.py [preset] writes out/joint_study/<preset>_joint.json.
+
+For each seed, on equal training text: router and base trained together at k = 4; a dense model with as many FLOPs per
+token as that one spends on validation text (its router's included); the full dense model. For the first seed also one
+base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands below may
+be started by hand, two at a time. Losses are paired: the same validation tokens for all.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import router
+import train
+from claims import by_domain, interval
+from common import find_device, load_run, write_atomic
+from model import BIG
+
+SEEDS, K = (1, 2, 3), 4
+
+
+def run(main, out_dir, *flags):
+    """Train into out_dir, or go on there; a finished run says so and stays. The script ends where it is interrupted."""
+    if main([*flags, "--resume", f"--out_dir={out_dir}"]):
+        sys.exit(130)
+
+
+@torch.no_grad()
+def dense_losses(out_dir, file):
+    """-> losses per sequence [S] of a dense run on the file's windows, and its FLOPs per token."""
+    device = find_device("auto")
+    model = load_run(out_dir, device)[0]
+    model.compute_dtype = torch.float32  # as routers are evaluated
+    idx, targets = (torch.from_numpy(file[key]).to(device) for key in ("idx", "targets"))
+    parts = [model(idx[i:i + 32], BIG, targets[i:i + 32], reduction="none")[1].double().mean(-1).cpu()
+             for i in range(0, len(idx), 32)]
+    return torch.cat(parts).numpy(), model.flops(BIG)
+
+
+def routed(out_dir, k, seed):
+    """-> what router.py measured: the npz file, losses per sequence [S], FLOPs per token, BIG per token."""
+    with np.load(out_dir / "routers" / f"mlp_k{k}_s{seed}.npz") as file:
+        file = dict(file)
+    notes = json.loads(str(file["notes"]))
+    return (file, file["losses"].mean(-1, dtype=np.float64), float(file["flops"].mean()) + notes["router_flops"],
+            float((file["routes"] == BIG).sum(-1).mean()))
+
+
+def equal_width(out_dir, flops):
+    """-> the inner width with which every token BIG costs `flops`."""
+    model, config, _ = load_run(out_dir, "cpu")
+    rest = model.flops(BIG) - config.n_layer * 6 * config.n_embd * config.big_width
+    return round((flops - rest) / (config.n_layer * 6 * config.n_embd))
+
+
+def compare(file, losses):
+    """{name: [S]}, the first one against each other -> {domain: {name: [mean, low, high]}}, differences included"""
+    first, *others = losses
+    pairs = {f"{first} - {other}": losses[first] - losses[other] for other in others}
+    return {domain: {name: interval(values[here]) for name, values in (losses | pairs).items()}
+            for domain, here in by_domain(file)}
+
+
+def main():
+    preset = sys.argv[1] if len(sys.argv) > 1 else "auto"
+    preset = preset if preset != "auto" else "gpu" if find_device("auto").type == "cuda" else "cpu"
+    out, seeds, losses = Path("out/joint_study"), [], []
+    for seed in SEEDS:
+        joint, full = (out / f"{preset}_{name}_s{seed}" for name in ("joint", "full"))
+        flags = [f"--preset={preset}", f"--seed={seed}"]
+        run(router.main, joint, "--joint", f"--budget={K}", *flags)
+        run(train.main, full, "--train_route=big", *flags)
+        file, of_joint, flops, big = routed(joint, K, seed)
+        width = equal_width(full, flops)
+        equal = out / f"{preset}_width{width}_s{seed}"
+        run(train.main, equal, "--train_route=big", f"--big_width={width}", *flags)
+        (of_equal, flops_equal), (of_full, flops_full) = dense_losses(equal, file), dense_losses(full, file)
+        losses.append({"joint": of_joint, "equal": of_equal, "full": of_full})
+        seeds.append({"seed": seed, "big_per_token": big, "big_width_equal": width,
+                      "flops": {"joint": flops, "equal": flops_equal, "full": flops_full},
+                      "loss": compare(file, losses[-1])})
+        print(seed, seeds[-1]["loss"]["all"])
+    over = {name: np.mean([each[name] for each in losses], 0) for name in losses[0]}
+    spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in losses)
+              for name in ("equal", "full")}
+    result = {"command": "python results/joint_study.py " + preset, "preset": preset, "torch": torch.__version__,
+              "device": torch.cuda.get_device_name() if find_device("auto").type == "cuda" else "cpu",
+              "k": K, "sequences": len(file["idx"]), "seeds": seeds, "mean_over_seeds": compare(file, over),
+              "standard_deviation_over_seeds": spread}
+
+    many = out / f"{preset}_any_s{SEEDS[0]}"
+    run(router.main, many, "--joint", "--budget=any", f"--preset={preset}", f"--seed={SEEDS[0]}")
+    result["any"] = []
+    for k in range(2, load_run(many, "cpu")[1].n_layer, 2):
+        file, of_any, flops, big = routed(many, k, SEEDS[0])
+        compared = compare(file, {"any": of_any, "full": losses[0]["full"], "equal at k=4": losses[0]["equal"]})
+        result["any"].append({"k": k, "big_per_token": big, "flops": flops, "loss": compared})
+    write_atomic(out / f"{preset}_joint.json", json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
