@@ -2,7 +2,7 @@
 
     python router.py                                     the preset's set for the last run: train, calibrate, evaluate
     python router.py --name=mlp --budget=4,6             one kind of router, two budgets
-    python router.py --choices=xsb --budget=6/3.6        6 BIG and 3.6 SKIP of 12 layers (50% big, 30% skip)
+    python router.py --choices=xsb --budget=6/2.4        6 BIG and 2.4 SKIP of 12 layers (the paper: 50%, 20%)
     python router.py --joint --budget=4                  router and base together, a run of its own (or --budget=any)
     python sample.py --router=out/routers/mlp_k4_s1.pt   text, routed by it
 
@@ -85,7 +85,7 @@ GAIN_UNIT = 0.1  # nats per unit of the advantage router's logits
 class Learning:
     """What routers are asked for and learn by, on a frozen base or with it."""
     name: str = arg("", f"which routers, comma separated: {', '.join(NAMES)}; --joint: linear, gumbel or mlp")
-    budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/3.6; --joint: one, or any")
+    budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/2.4; --joint: one, or any")
     choices: str = arg("sb", "sb, xsb or xb: letters of x (SKIP), s (SMALL), b (BIG)")
     tau_start: float = arg(1.0, "temperature of P at the first step")
     tau_end: float = arg(0.1, "and at the last; exponential in between")
@@ -138,6 +138,9 @@ SETS = {  # what `python router.py` trains: {name: budgets}
     "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),
     "cpu": {"linear": "4,6,8", "advantage": "4,6"},
     "debug": dict.fromkeys(NAMES, "1"),
+}
+SHARES = {  # and, where no flag asks for something else, with which choices and budgets: the paper's Fig. 7
+    "gpu": [("linear", "sb", "3.6"), ("linear", "xb", "6"), ("linear", "xsb", "6/2.4")], "cpu": [], "debug": [],
 }
 TOKENS = {"gpu": 131072, "cpu": 8192, "debug": 64}  # --tokens, as planned; a corpus that holds less is taken whole
 FREE = {"out_dir", "device", "preset", "name", "budget", "data_dir", "save_interval", "tokens"}  # may change on resume
@@ -377,7 +380,7 @@ def step_loss(model, router, config, name, budget, x, y, step):
 
 
 def stem(name, budget, choices, seed):
-    """The file name of a router, without its ending: mlp_k4_s1, mlp_k6_x3.6_s1_xsb"""
+    """The file name of a router, without its ending: mlp_k4_s1, mlp_k6_x2.4_s1_xsb"""
     n_big, n_skip = budget
     skip = "" if n_skip is None else f"_x{n_skip:g}"
     return f"{name}_k{n_big:g}{skip}_s{seed}{'' if choices == 'sb' else f'_{choices}'}"
@@ -622,7 +625,7 @@ def parse_budgets(text, n_layer, choices):
         try:
             n_big, n_skip = float(big), float(skip) if slash else None
         except ValueError:
-            raise UserError(f"--budget={part}: give BIG choices per token, say 4, or 6/3.6 with a SKIP share; comma "
+            raise UserError(f"--budget={part}: give BIG choices per token, say 4, or 6/2.4 with a SKIP share; comma "
                             "separated") from None
         if not (0 <= n_big <= n_layer and 0 <= (n_skip or 0) <= n_layer - n_big):
             raise UserError(f"--budget={part}: must lie in 0..{n_layer}, the layers of this run")
@@ -783,8 +786,12 @@ def main(argv=None):
     reserved = calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size, config.seed)
     L, T = r.shape.n_layer, r.shape.block_size
     sets = SETS[config.preset]
-    jobs = [(name, budget) for name in names
+    jobs = [(config, name, budget) for name in names
             for budget in parse_budgets(config.budget or sets.get(name, sets["linear"]), L, config.choices)]
+    if not config.name and not config.budget and config.choices == "sb":
+        for name, choices, text in SHARES[config.preset]:
+            own = dataclasses.replace(config, name=name, choices=choices, budget=text)
+            jobs += [(own, name, budget) for budget in parse_budgets(text, L, choices)]
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
           f"sequences of {T}")
@@ -796,17 +803,17 @@ def main(argv=None):
         return [t.to(r.device) for t in training_batch(r.corpus, config.batch_size, T, reserved, seed)]
     with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-        for name, budget in jobs:
-            path = folder / f"{stem(name, budget, config.choices, config.seed)}.pt"
+        for own, name, budget in jobs:
+            path = folder / f"{stem(name, budget, own.choices, own.seed)}.pt"
             try:
-                router = train_router(r.fast, config, name, budget, batch, path, r.checkpoint, bar)
+                router = train_router(r.fast, own, name, budget, batch, path, r.checkpoint, bar)
             except torch.OutOfMemoryError:
                 raise UserError("out of GPU memory: lower --batch_size (sequences per step)") from None
             if router is None:
                 bar.close()
                 print(f"interrupted: {path} is saved; the same command goes on")
                 return 130
-            calibrate_and_evaluate(r, config, router, path, load_checkpoint(path, r.device), windows)
+            calibrate_and_evaluate(r, own, router, path, load_checkpoint(path, r.device), windows)
     report(r, windows)
 
 

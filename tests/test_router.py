@@ -441,6 +441,21 @@ def test_default_set_and_routers_json(go, tmp_path, here):
     assert len(json.loads((tmp_path / "run" / "routers.json").read_text())) == len(rows) + 1
 
 
+def test_shares_of_the_set(go, tmp_path, monkeypatch):
+    """The routers of the paper's Fig. 7, each as if its own command had been given."""
+    monkeypatch.setitem(router.SETS, "debug", {"linear": "1"})
+    monkeypatch.setitem(router.SHARES, "debug", [("linear", "xb", "2"), ("linear", "xsb", "1/1")])
+    assert go(steps=2) is None
+    rows = json.loads((tmp_path / "run" / "routers.json").read_text())
+    assert {(row["choices"], row["budget"], row["skip_budget"]) for row in rows} == {
+        ("sb", 1, None), ("xb", 2, None), ("xsb", 1, 1)}
+    assert all("--choices=xsb --budget=1/1" in row["command"] or "--budget=1/1 --choices=xsb" in row["command"]
+               for row in rows if row["choices"] == "xsb")
+    assert all(row["achieved_skip"] == pytest.approx(3 - row["achieved"]) for row in rows if row["choices"] == "xb")
+    assert go(folder="one", steps=2, name="linear") is None  # who asks for something gets that alone
+    assert {row["choices"] for row in json.loads((tmp_path / "one" / "routers.json").read_text())} == {"sb"}
+
+
 def test_more_windows_than_the_oracle_has(go, tmp_path):
     assert go(name="linear", budget="1", tokens=128) is None
     (row,) = json.loads((tmp_path / "run" / "routers.json").read_text())
