@@ -51,7 +51,7 @@ SHAPES = {  # preset: layers, (sequences, context), widths for inference
 ROUTER_SHAPES = {  # preset: width, prefills (sequences, tokens), decoding (sequences)
     "gpu": (1024, ((32, 256), (8, 1024)), (1, 64)),
     "cpu": (512, ((8, 128), (4, 256)), (1, 16)),
-    "debug": (64, ((2, 16),), (1, 2)),
+    "debug": (64, ((2, 16),), (2,)),
 }
 
 

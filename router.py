@@ -26,8 +26,9 @@ it has seen. They stand beside random routes, not the oracle's, whose earlier ch
 
 --joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
 the schedules of tau and alpha are the same. The budget starts at all layers and falls to k in the first half: a BIG
-that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for each sequence, uniform over 1..L, and the
-router is told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
+that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for
+each sequence, uniform over 1..L, and the router is told: the log odds of k/L, times a learned weight, are added to its
+logits. Its file for k has k in a buffer.
 
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
 no router on a frozen base trained on. (The base has seen it, and so has a router that learned with it; but only a
