@@ -102,12 +102,11 @@ def joint_numbers():
     over = {name: report["mean_over_seeds"]["all"][f"joint - {name}"][0] for name in ("equal", "full")}
     four = next(row for row in report["any"] if row["k"] == 4)["loss"]["all"]["any"][0]
     prefill = [row["time_saved / flops_saved"] for row in times if "prefill" in row["what"]]
-    assert {f"{share:.2f}" for share in prefill} == {"0.90"}
     return [f"it is {-over['equal']:.3f} nats below the dense model of equal FLOPs, in every seed",
             f"on these tokens {-over['full']:.3f} below it", f"goes from {min(full):.3f} to {max(full):.3f}",
             f"{report['sequences']} validation sequences",
             f"costs {four - report['seeds'][0]['loss']['all']['joint'][0]:.3f} nats against the base",
-            "save 0.90 of what is counted"]
+            f"save {min(prefill):.2f} to {max(prefill):.2f} of what is counted"]
 
 
 def test_numbers_in_the_text():
