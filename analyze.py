@@ -393,7 +393,8 @@ def differences(stored, fresh, path=""):
     """-> list of texts: where two JSON values differ; numbers may by rounding."""
     if isinstance(stored, dict) and isinstance(fresh, dict):
         return [text for key in sorted(stored.keys() | fresh.keys())
-                for text in differences(stored.get(key), fresh.get(key), f"{path}.{key}" if path else key)]
+                for text in differences(stored.get(key, "nothing"), fresh.get(key, "nothing"),
+                                        f"{path}.{key}" if path else key)]
     if isinstance(stored, list) and isinstance(fresh, list) and len(stored) == len(fresh):
         return [text for i, pair in enumerate(zip(stored, fresh)) for text in differences(*pair, f"{path}[{i}]")]
     both = [type(value) in (int, float) for value in (stored, fresh)]
@@ -479,7 +480,7 @@ def explorer(made, n):
     """The explorer's data: n sequences of each domain -> dict for JSON. Losses in thousandths of a nat; a route is one
     digit a layer, a sequence's routes stand in one string."""
     label, windows = made["label"], made["windows"]
-    if not label:
+    if not label or all("-" in str(name) for name in label["labels"]):  # ramps alone
         return {"sequences": []}
     where = claims.shared(label, windows)
     at_expected = claims.shared(label, made["expected"]) if made["expected"] else None
@@ -571,6 +572,8 @@ def main(argv=None):
     for name, least in (("sequences", 1), ("rounds", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
+    if config.check and (config.dense or config.freeze):
+        raise UserError("--check: compares what is stored and measures nothing; leave out --dense and --freeze")
     made = read(config)
     folder = made["folder"]
     made["comparisons"] = compare(made, config)

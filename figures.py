@@ -187,7 +187,9 @@ def example(run, idx, domain, name):
 
 def figure_2abc(run):
     label = need(run["label"], "no search of {SMALL, BIG} routes", run["commands"]["oracle"])
-    ks = [k for k in ("4", "6", "8") if has(label, k)] or [str(k) for k in label["labels"] if str(k).isdigit()][1:3]
+    digits = [str(k) for k in label["labels"] if str(k).isdigit()]
+    ks = need([k for k in ("4", "6", "8") if k in digits] or digits[1:3] or digits, "no search at a fixed k",
+              run["commands"]["oracle"])
     figure = share_maps([(f"k={k}", lane(label, k)[0] == BIG, label["domain"]) for k in ks], label["domains"],
                         COLOUR["oracle"], "BIG")
     return figure, (f"Where the oracle puts its BIG layers; {context_of(label)}. Bright cells are BIG for most tokens. "
@@ -400,8 +402,8 @@ def figure_6(run, columns=64, lines=16):
         scale = matplotlib.cm.ScalarMappable(plt.Normalize(0, most), ramp)
         figure.colorbar(scale, ax=axis, location="bottom", shrink=0.7, aspect=40, pad=0.01, label="nats")
     return figure, ("The same text twice: what is hard for the small model, and where the oracle can help. The paper: "
-                    "difficulty is the potential for a lower loss, which is not the loss. A token that is dark on the "
-                    "left and pale on the right is hard, and stays hard.")
+                    "difficulty is the potential for a lower loss, which is not the loss. A token "
+                    "strong in colour on the left and weak on the right is hard, and stays hard.")
 
 
 def figure_7(run, n=48):
@@ -414,7 +416,7 @@ def figure_7(run, n=48):
         near = sorted(((abs(note["budget"] - big) + abs((note["skip_budget"] or 0) - (skip or 0)),
                         note["name"] != "linear", i) for i, (note, _) in enumerate(notes)
                        if note["choices"] == choices), key=lambda item: item[:2])
-        if near:
+        if near and near[0][0] <= 0.5:
             note, arrays = notes[near[0][2]]
             found.append((f"{title}: {note['name']}, k={note['budget']:g}", arrays))
         if not near or near[0][0] > 0.5:

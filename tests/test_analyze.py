@@ -418,7 +418,7 @@ def test_check_notices_other_raw_files(file, key, named, copy):
 def test_rounding_is_no_difference():
     assert analyze.differences({"a": [1.0, None, "x"]}, {"a": [1.0 + 1e-7, None, "x"]}) == []
     assert analyze.differences({"a": [1.0]}, {"a": [1.0, 2.0]}) and analyze.differences({"a": True}, {"a": 1.5})
-    assert analyze.differences({"a": None}, {}) == [] and analyze.differences({}, {"b": 0}) != []
+    assert analyze.differences({"a": None}, {}) != [] and analyze.differences({}, {"b": 0}) != []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -810,3 +810,11 @@ def test_run_sh_ends_with_the_report():
     steps = re.findall(r"(\w+)\.py", script[script.index("case \"${1-}\" in\n    \"\")"):])
     assert steps[0] == "train" and steps[-1] == "analyze"
     assert steps.index("oracle") < steps.index("router") < steps.index("analyze")
+
+
+def test_check_measures_nothing(toy):
+    path = toy / "run" / "findings.json"
+    content = path.read_bytes()
+    user_error(lambda: analyze.main([f"--out_dir={toy / 'run'}", "--device=cpu", "--preset=debug", "--check",
+                                     f"--dense={toy / 'freeze'}"]), "--check", "--dense")
+    assert path.read_bytes() == content
