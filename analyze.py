@@ -2,7 +2,7 @@
 
     python analyze.py                                  figures/*.png, findings.json and report.html of the last run
     python analyze.py --check                          do the raw files still say what findings.json says? (else exit 1)
-    python analyze.py --dense=out/dense --freeze=out/freeze   F12 and figure 8: two runs trained apart, same tokens
+    python analyze.py --dense=out/dense --freeze=out/frozen   F12 and figure 8: two runs trained apart, same tokens
 
 Reads metrics.jsonl, oracle/*.npz, oracle.json, routers/*.npz, tokenizer.json and ckpt.pt of --out_dir; what is not
 there is not drawn, and the report names the command that makes it. figures.py draws, claims.py judges; here the files
@@ -97,8 +97,8 @@ def commands(out_dir, preset):
             "reference": f"{train} --train_route=big --seed=11 --out_dir=out/reference && "
                          f"{oracle} --reference=out/reference",
             "dense": f"{train} --train_route=big --out_dir=out/dense && "
-                     f"{train} --train_route=big_then_small --out_dir=out/freeze && "
-                     f"python analyze.py {where} --dense=out/dense --freeze=out/freeze"}
+                     f"{train} --train_route=big_then_small --out_dir=out/frozen && "
+                     f"python analyze.py {where} --dense=out/dense --freeze=out/frozen"}
 
 
 def load_model(folder, device):

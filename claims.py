@@ -585,16 +585,16 @@ def ends(arrays):
 def router_findings(evaluated, base, contexts, base_seed):
     """The claims about each kind of {SMALL, BIG} router -> findings. evaluated: the arrays of routers/*.npz, of the
     same windows; base, contexts, the oracle's included: see router_rows."""
-    kinds, found = {}, []
+    kinds, commands, found = {}, {}, []
     for arrays in evaluated:
         notes = json.loads(str(arrays["notes"]))
         if notes["choices"] == "sb":
             kinds.setdefault(notes["name"], {})[notes["budget"], notes["seed"]] = arrays
+            commands.setdefault(notes["name"], {})[notes["command"]] = None  # a dict keeps their order, each once
     for name, files in kinds.items():
-        found += router_claims(name, files, base, ends(next(iter(files.values()))))
-    commands = {}
-    for notes in (json.loads(str(arrays["notes"])) for arrays in evaluated):
-        commands.setdefault(notes["name"], {})[notes["command"]] = None  # a dict keeps their order, each once
+        # The router whose tokens differ most tells the costs; one that gives all tokens equally many BIG cannot.
+        widest = max(files.values(), key=lambda arrays: np.ptp((arrays["routes"] == BIG).sum(-1)))
+        found += router_claims(name, files, base, ends(widest))
     return without_nan([line | {"context": "sequential", "seeds": [base_seed],
                                 "command": "; ".join(commands[line["router"]]),
                                 "baseline_contexts": {policy: contexts[policy] for policy in COMPARED[line["id"]]}}

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -214,6 +215,15 @@ def load_run(out_dir, device):
     model.compute_dtype, _ = compute_dtype(torch.device(device))
     checkpoint.pop("optimizer", None)
     return model.eval(), config, checkpoint
+
+
+def catch_signals():
+    """-> a list that the first SIGINT or SIGTERM is put into, so that a loop can save and leave (a second one ends at
+    once), and a function that gives the signals back."""
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    return stop, lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
 
 
 def append_jsonl(path, record):

@@ -47,7 +47,6 @@ import difflib
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ import train
 from common import (
     UserError,
     arg,
+    catch_signals,
     derive_seed,
     find_device,
     generator,
@@ -445,9 +445,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
         save_checkpoint(path, {"router": router.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                "name": name, "budget": budget, "config": dataclasses.asdict(config),
                                "checkpoint": checkpoint, "command": command(config)})
-    stop = []  # the first signal saves and leaves, a second one ends at once
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    stop, restore_signals = catch_signals()
     if bar is not None:
         bar.update(step)
     try:
@@ -476,8 +474,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
             if stop:
                 break
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_signals()
     return None if stop else router.eval()
 
 

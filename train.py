@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from common import (
     UserError,
     append_jsonl,
     arg,
+    catch_signals,
     compute_dtype,
     derive_seed,
     find_device,
@@ -413,9 +413,7 @@ def train(config, joint=None):
     freeze(model, config, step)
     # The same parameters; evaluate and save use `model`.
     fast = compiled(learner, batches, config, corpus, device, step, rank, world)
-    stop = []  # signals received; the first one saves and leaves, a second one ends at once
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+    stop, restore_signals = catch_signals()
     bar = tqdm(total=config.max_steps, initial=step, disable=not first, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15,
                bar_format="step {n}/{total} {percentage:3.0f}% |{bar}|{postfix} [{elapsed}<{remaining}]")
@@ -487,8 +485,7 @@ def train(config, joint=None):
                 break
     finally:
         bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_signals()
     if step < config.max_steps:
         say(f"interrupted: {config.out_dir}/ckpt.pt holds step {step} of {config.max_steps}; the same command with "
             "--resume goes on (bash run.sh does so by itself)")

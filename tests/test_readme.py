@@ -77,6 +77,16 @@ def oracle_numbers():
     least = min(deep, key=lambda row: row["loss"])
     gained = next(row["loss"] for row in deep if row["k"] == 24) - least["loss"]
 
+    searches = report["searches"]
+
+    def loss(name, budget):
+        return next(row["loss"] for row in searches[name]["rows"] if (row["domain"], row["budget"]) == ("all", budget))
+    two, six = (loss("sb_sequential_exhaustive_expected_2+4+6+8+10", k) for k in "26")
+    one_big, all_big = loss("sb_frozen_exhaustive_expected", "1"), loss("sb_sequential_exhaustive", "12")
+    three_way = next(name for name in searches if name.startswith("xsb_frozen"))
+    four = next(row for row in report["controls"]["sequential"] if row["domain"] == "all" and row["k"] == 4)
+    recovers = max(line["recovered"][0] for line in results("h100_routers.json")["rows"] if line["domain"] == "all")
+
     def shown(part):
         return "{:.3f} ({:.3f} to {:.3f})".format(*part)
     reached = {line["budget"]: -line["versus"]["fixed"][0] for line in results("h100_routers.json")["rows"]
@@ -87,6 +97,13 @@ def oracle_numbers():
             f"{row['foresight'][0]:.3f} could be foreseen",
             f"{reached[6]:.3f} of it at k = 6, {reached[4]:.3f} at k = 4",
             f"saves {half['flops_saved']:.0%} of a forward's FLOPs and {half['time_saved']:.0%} of its time",
+            f"The searches took {sum(search['seconds'] for search in searches.values()) / 60:.0f} minutes",
+            f"all-big {own['code']['big']['loss']:.3f} and {own['prose']['big']['loss']:.3f} at its end",
+            f"the best of 3^12 has {loss(three_way, 'any'):.2f} nats",
+            f"are {all_big - six:.3f} better at k = 6 and level at k = 2 ({all_big - two:.3f})",
+            f"with one BIG layer {one_big - all_big:.3f} worse",
+            f"the best recovers {recovers:.1%} of the gap, where the expected-loss oracle recovers "
+            f"{four['foresight'][0] / four['gain'][0]:.0%} ({four['foresight'][0]:.3f} of {four['gain'][0]:.3f} nats)",
             f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
             f"gains {row['gain'][0]:.3f} nats, of which {shown(row['foresight'])} could be foreseen",
             f"which itself is {apart:.2f} nats better", f"up to {row['hindsight'][0]:.3f} is hindsight",
