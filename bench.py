@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import data
 from common import UserError, arg, compute_dtype, find_device, generator, load_run, parse_config, run, write_atomic
+from gates import Router, shares
 from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, random_route, route_counts
 from oracle import file_hash
-from router import Router, calibrate, load_router, shares
+from router import calibrate, load_router
 from search import Search, make_tree
 
 ROUNDS = 7

@@ -42,6 +42,7 @@ Files: out_dir/routers/<name>_k<k>_s<seed>.pt, a router and all that resuming ne
 targets, losses [S, T]; routes [S, T, L] uint8; domain [S]. out_dir/routers.json: one object for each router, budget and
 domain; out_dir/router_findings.json: the paper's claims about routers (both made by claims.py).
 """
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -55,12 +56,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import claims
 import data
 import train
+import zoo
 from common import (
     UserError,
     arg,
@@ -73,19 +74,19 @@ from common import (
     run,
     save_checkpoint,
 )
-from model import BIG, SKIP, SMALL, KVCache, ReadOutLoss, random_route
-from oracle import LETTERS, OracleConfig, Run, write_npz
-from search import Search
+from gates import GAIN_UNIT, Router, compiles, gumbel_noise, mixed_loss, schedule, shares
+from model import BIG, SKIP, SMALL
+from oracle import OracleConfig, Run, write_npz
 
 NAMES = ("linear", "gumbel", "mlp", "distilled", "advantage")
 JOINT_NAMES = NAMES[:3]
-GAIN_UNIT = 0.1  # nats per unit of the advantage router's logits
 
 
 @dataclass
 class Learning:
     """What routers are asked for and learn by, on a frozen base or with it."""
-    name: str = arg("", f"which routers, comma separated: {', '.join(NAMES)}; --joint: linear, gumbel or mlp")
+    name: str = arg("", f"which routers, comma separated, or all: {', '.join((*NAMES, *zoo.KINDS))}; --joint: linear, "
+                        "gumbel or mlp")
     budget: str = arg("", "BIG per token, comma separated, say 4,6; with a SKIP share 6/2.4; --joint: one, or any")
     choices: str = arg("sb", "sb, xsb or xb: letters of x (SKIP), s (SMALL), b (BIG)")
     tau_start: float = arg(1.0, "temperature of P at the first step")
@@ -118,6 +119,7 @@ class RouterConfig(Learning):
     label_routes: int = arg(64, "distilled: random routes tried per label")
     label_temperature: float = arg(1.0, "distilled: nats; the lower, the more the best of the routes tried counts")
     save_interval: int = arg(100, "steps between checkpoints")
+    compile: str = arg("auto", "on, off, or auto: on for CUDA; of the soft mix and of Gumbel gates")
 
 
 @dataclass
@@ -144,180 +146,8 @@ SHARES = {  # and, where no flag asks for something else, with which choices and
     "gpu": [("linear", "sb", "3.6"), ("linear", "xb", "6"), ("linear", "xsb", "6/2.4")], "cpu": [], "debug": [],
 }
 TOKENS = {"gpu": 131072, "cpu": 8192, "debug": 64}  # --tokens, as planned; a corpus that holds less is taken whole
-FREE = {"out_dir", "device", "preset", "name", "budget", "data_dir", "save_interval", "tokens"}  # may change on resume
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the routers
-
-class Router(nn.Module):
-    """`logits [B, T, 3], state = router(layer, h, state, seq)`, h [B, T, d] the residual that enters the layer. All
-    five kinds are this: hidden=0 is a linear layer per layer. choices: letters; others get the logit -inf. share:
-    (SKIP, SMALL, BIG), where the biases start. told=True: it serves many budgets, and is told which, as the share of
-    BIG that is asked for: by seq["asked"] [B] while training, by the buffer `asked` afterwards."""
-
-    def __init__(self, shape, hidden, choices, share, rng, told=False):
-        super().__init__()
-        L, d = shape.n_layer, shape.n_embd
-        self.hidden, self.choices = hidden, choices
-        if hidden:
-            self.w_in = nn.Parameter(torch.randn(L, d, hidden, generator=rng) / math.sqrt(d))
-            self.b_in = nn.Parameter(torch.zeros(L, hidden))
-        self.w_out = nn.Parameter(torch.zeros(L, hidden or d, 3))  # zeros: at first all tokens are alike
-        self.b_out = nn.Parameter(torch.tensor(share).clamp_min(0.01).log().repeat(L, 1))
-        if told:
-            self.w_k = nn.Parameter(torch.tensor([0.0, 0.0, 1.0]).repeat(L, 1))
-            self.register_buffer("asked", torch.tensor(share[BIG]))
-        self.told = told
-        self.register_buffer("shift", torch.zeros(3))  # the calibration's
-        self.register_buffer("missing", torch.tensor([c not in [LETTERS[x] for x in choices] for c in range(3)]))
-
-    def forward(self, layer, h, state=None, seq=None):
-        z = F.rms_norm(h.to(self.w_out.dtype), h.shape[-1:], eps=1e-5)  # [B, T, d]
-        if self.hidden:
-            z = F.gelu(z @ self.w_in[layer] + self.b_in[layer])  # [B, T, hidden]
-        logits = z @ self.w_out[layer] + self.b_out[layer] + self.shift
-        if self.told:  # log odds: then already at the start P_BIG is what is asked for
-            asked = seq.get("asked", self.asked).clamp(0.01, 0.99)
-            logits = logits + self.w_k[layer] * asked.logit().view(-1, 1, 1)
-        return logits.masked_fill(self.missing, -math.inf), state
-
-    def flops(self):
-        """FLOPs per token of all layers' decisions, counted as model.flops counts."""
-        L, n_in, n_out = self.w_out.shape
-        return 2 * L * (n_in * n_out + (self.w_in.shape[1] * n_in if self.hidden else 0))
-
-
-    def groups(self, weight_decay):
-        """-> the optimizer's parameter groups: weight decay is for the matrices, not for biases."""
-        matrices = [p for key, p in self.named_parameters() if key in ("w_in", "w_out")]
-        others = [p for key, p in self.named_parameters() if key not in ("w_in", "w_out")]
-        return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def shares(n_layer, choices, n_big, n_skip):
-    """-> (SKIP, SMALL, BIG): the shares that the budget asks for; what it leaves open is divided evenly."""
-    big = n_big / n_layer
-    if "s" not in choices:
-        return 1 - big, 0.0, big
-    skip = 0.0 if "x" not in choices else (1 - big) / 2 if n_skip is None else n_skip / n_layer
-    return skip, max(0.0, 1 - big - skip), big
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# three ways to learn
-
-def soft_gate(logits, tau):
-    """-> weights of the mix [B, T, 3], shares for the budget loss: P = softmax(logits / tau), both."""
-    p = (logits / tau).softmax(-1)
-    return p, p
-
-
-def gumbel_noise(B, T, L, rng):
-    """-> g [B, T, L, 3] on the generator's device: -log of exponential variables."""
-    return -torch.empty(B, T, L, 3, device=rng.device).exponential_(generator=rng).log()
-
-
-def gumbel_gate(logits, tau, g):
-    """Straight-through: forward one choice, argmax(logits + g) with g ~ Gumbel, whose probabilities are exactly
-    softmax(logits), so the budget loss takes these; backward the gradient of softmax((logits + g) / tau)."""
-    soft = ((logits + g) / tau).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), 3).to(soft)
-    return soft + (hard - soft).detach(), logits.softmax(-1)
-
-
-def mixed_forward(model, router, idx, gate, seq=None):
-    """Both FFNs for all tokens, mixed, so that gradients reach the router through the model (SMALL is a sixteenth of
-    BIG, so that costs little more than all-BIG).
-
-        x_l+1 = sum_c P_c H_c,    H_SKIP = x, H_SMALL = y + small(y), H_BIG = y + big(y), y = x + attention(x)
-
-    idx [B, T]; gate: layer, logits [B, T, 3] -> (P, shares); seq: what a router may know besides idx
-    -> h [B, T, d], which the read-out reads, shares [B, T, L, 3]
-    """
-    position = (model.cos[:, :idx.shape[1]], model.sin[:, :idx.shape[1]])
-    x, state, seq, shares = model.embedding(idx).to(model.compute_dtype), None, {"idx": idx} | (seq or {}), []
-    for layer, block in enumerate(model.blocks):
-        logits, state = router(layer, x, state, seq)
-        p, share = gate(layer, logits)
-        shares.append(share)
-        p_skip, p_small, p_big = p.to(x.dtype).split(1, -1)  # [B, T, 1] each
-        q, k, v = block.qkv(block.attention_norm(x)).chunk(3, -1)
-        y = x + block.out(block.attend(q, k, v, *position, None, layer))
-        h = block.ffn_norm(y)
-        x = p_skip * x + (p_small + p_big) * y + p_small * block.small(h) + p_big * block.big(h)
-    return model.final_norm(x), torch.stack(shares, 2)
-
-
-def budget_loss(share, wanted, per_token=False):
-    """mean over sequences of (mean over layers and tokens of P_c - wanted share of c)^2; per_token: over tokens of
-    (mean over layers ...)^2. share [B, T, L, 3]; wanted {choice: share, a number or [B, 1]}"""
-    mean = share.mean(2) if per_token else share.mean((1, 2)).unsqueeze(1)  # [B, T, 3] or [B, 1, 3]
-    return sum(((mean[..., choice] - target) ** 2).mean() for choice, target in wanted.items())
-
-
-def mixed_loss(model, router, config, idx, targets, noise, tau, alpha, wanted, seq=None):
-    """CE + alpha * budget loss -> that, CE, BIG per token. noise: see gumbel_noise; None mixes softly (linear)."""
-    def gate(layer, logits):
-        return soft_gate(logits, tau) if noise is None else gumbel_gate(logits, tau, noise[:, :, layer])
-    h, share = mixed_forward(model, router, idx, gate, seq)
-    loss = ReadOutLoss.apply(h.flatten(0, 1), model.embedding.weight.to(h.dtype), targets.flatten())
-    return (loss + alpha * budget_loss(share, wanted, config.per_token), loss,
-            share[..., BIG].sum(-1).mean())
-
-
-def labels(model, idx, targets, share, choices, positions, n_routes, temperature, rng):
-    """What would this token's loss be with choice c in layer l? Each token stands on a random route (drawn by `share`),
-    and so do the tokens before it.
-
-    -> h, L times [B, n, d], entering each layer along that route, at n positions; gain [B, n, L, 3]: how much lower
-    than with the cheapest choice the loss is when only layer l changes, nats; weight [B, n, L, 3]: the share of
-    exp(-loss / temperature) that goes through c, over n_routes more random routes. (Of the two, one is asked for:
-    n_routes=0 gives the gain.)
-    """
-    (B, T), L = idx.shape, len(model.blocks)
-    letters = sorted(LETTERS[c] for c in choices)
-    share = torch.tensor(share, device=idx.device)
-
-    def draw(*shape):
-        return torch.multinomial(share, math.prod(shape), replacement=True, generator=rng).view(shape)
-    route, entering = draw(B, T, L), []
-
-    def follow(layer, h, state, seq):
-        entering.append(h)
-        return F.one_hot(route[..., layer], 3).float(), state
-    cache = KVCache(model.config, B, idx.device, model.compute_dtype)
-    model(idx, follow, cache=cache)
-    past, found = torch.stack((cache.k, cache.v)), []
-    where = torch.rand(T, generator=rng, device=idx.device).argsort()[:positions].sort().values
-    for t in where.tolist():
-        search = Search(model, idx[:, t], past[..., :t, :], model.embedding.weight[targets[:, t]].float().unsqueeze(1))
-        if n_routes:
-            # Each choice stands in each layer equally often: what is left of a layer's weights is what it does.
-            routes = random_route(B, n_routes, L, share[SKIP].item(), share[BIG].item(), rng).transpose(0, 1).long()
-            weight = (-search.score(routes)[..., -1] / temperature).softmax(0)  # [n_routes, B]
-            found.append(torch.einsum("nb,nblc->blc", weight, F.one_hot(routes, 3).float()))
-        else:
-            routes = route[:, t].repeat(L, len(letters), 1, 1)  # [L, C, B, L]
-            for layer in range(L):
-                for i, choice in enumerate(letters):
-                    routes[layer, i, :, layer] = choice
-            losses = search.score(routes.flatten(0, 1))[..., -1].view(L, -1, B)  # [L, C, B]
-            gain = torch.zeros(B, L, 3, device=idx.device)
-            gain[..., letters] = (losses[:, :1] - losses).permute(2, 0, 1)
-            found.append(gain)
-    return [h[:, where] for h in entering], torch.stack(found, 1)
-
-
-def label_loss(router, name, h, target):
-    """distilled: the cross-entropy of P and the oracle's weights. advantage: the squared error of the predicted gain
-    over the cheapest choice (squared: a label's gain is mostly noise, and it is its expectation that is wanted)."""
-    logits = torch.stack([router(layer, x)[0] for layer, x in enumerate(h)], 2)  # [B, n, L, 3]
-    here = ~router.missing
-    logits, target = logits[..., here], target[..., here]
-    if name == "distilled":
-        return -(target * logits.log_softmax(-1)).sum(-1).mean()
-    return ((logits - logits[..., :1] - target / GAIN_UNIT)[..., 1:] ** 2).mean()
+FREE = {"out_dir", "device", "preset", "name", "budget", "data_dir", "save_interval", "tokens",
+        "compile"}  # may change on resume
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,15 +165,16 @@ def calibration_starts(corpus, tokens, T, seed):
 
 
 def training_batch(corpus, batch_size, T, reserved, seed):
-    """-> x, y [B, T]: windows drawn as train.py draws them; those that touch a reserved one are drawn again."""
-    windows, attempt = [], 0
+    """-> x, y [B, T], domain [B]: windows drawn as train.py draws them, but none that touches a reserved one."""
+    windows, domains, attempt = [], [], 0
     while len(windows) < batch_size:
         for d, start in zip(*data.window_starts(corpus, batch_size, T, derive_seed(seed, attempt)), strict=True):
             domain = corpus.domains[d]
             if np.abs(reserved[domain] - start).min() > T and len(windows) < batch_size:
                 windows.append(corpus.train[domain][start:start + T + 1])
+                domains.append(int(d))
         attempt += 1
-    return data.to_tensors(windows)
+    return *data.to_tensors(windows), torch.tensor(domains)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,31 +186,6 @@ def learning_rate(config, step):
     return rate * min(1, (step + 1) / max(1, config.warmup_steps))
 
 
-def schedule(config, done):
-    """-> tau, alpha where a share `done` of the steps is done."""
-    return (config.tau_start * (config.tau_end / config.tau_start) ** done,
-            config.alpha_start * (config.alpha_end / config.alpha_start) ** done)
-
-
-def step_loss(model, router, config, name, budget, x, y, step):
-    """The loss of one step -> loss, and its parts by name. Each step's noise has a seed of its own."""
-    n_big, n_skip = budget
-    L = len(model.blocks)
-    rng = generator(x.device, config.seed, "router", "noise", step)
-    if name in ("distilled", "advantage"):
-        with torch.no_grad():
-            h, target = labels(model, x, y, shares(L, config.choices, n_big, n_skip), config.choices,
-                               config.label_positions, config.label_routes if name == "distilled" else 0,
-                               config.label_temperature, rng)
-        loss = label_loss(router, name, h, target)
-        return loss, {"loss": loss}
-    noise = None if name == "linear" else gumbel_noise(*x.shape, L, rng)
-    wanted = {BIG: n_big / L} | ({SKIP: n_skip / L} if n_skip is not None else {})
-    loss, cross_entropy, big = mixed_loss(model, router, config, x, y, noise,
-                                          *schedule(config, step / max(1, config.steps - 1)), wanted)
-    return loss, {"loss": cross_entropy, "BIG": big}
-
-
 def stem(name, budget, choices, seed):
     """The file name of a router, without its ending: mlp_k4_s1, mlp_k6_x2.4_s1_xsb"""
     n_big, n_skip = budget
@@ -389,9 +195,13 @@ def stem(name, budget, choices, seed):
 
 def new_router(shape, config, name, budget):
     """budget: (n_big, n_skip); n_big None: a router for any, told which."""
-    hidden, (n_big, n_skip) = 0 if name in ("linear", "gumbel") else config.hidden, budget
+    n_big, n_skip = budget
     share = shares(shape.n_layer, config.choices, shape.n_layer / 2 if n_big is None else n_big, n_skip)
-    return Router(shape, hidden, config.choices, share, generator("cpu", config.seed, "router", "init"), n_big is None)
+    rng = generator("cpu", config.seed, "router", "init")
+    if name in zoo.KINDS:
+        return zoo.KINDS[name](shape, config, share, rng)
+    hidden = 0 if name in ("linear", "gumbel") else config.hidden
+    return Router(shape, hidden, config.choices, share, rng, n_big is None, "gumbel" if name == "mlp" else name)
 
 
 def read_router(path, checkpoint, device):
@@ -421,10 +231,25 @@ def load_router(path, checkpoint, shape, device):
     return router.to(device).eval().requires_grad_(False), saved
 
 
+def prove_compiled(model, router, config, budget, texts, step):
+    """One step for nothing: where torch.compile fails, config.compile is off from here on, after one clear line."""
+    try:
+        with router.attached(model):
+            router.step_loss(model, config, budget, *texts, step)[0].backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing C++ compiler, an unsupported GPU, ...: training must still run
+        tqdm.write(f"torch.compile failed ({f'{type(error).__name__}: {error}'.splitlines()[0][:100]}); training goes "
+                   "on without it, more slowly (--compile=off hides this line)")
+        config.compile = "off"
+    router.zero_grad(set_to_none=True)
+
+
 def train_router(model, config, name, budget, batch, path, checkpoint, bar=None):
     """Train one router, from its file where there is one -> the Router, or None where it was interrupted (and saved).
 
-    batch: step -> x, y [B, T]; checkpoint: the hash of the base's file. The base stays as it is.
+    batch: step -> x, y [B, T], domain [B]; below 0 it is text to prepare a router on. checkpoint: the hash of the
+    base's file. The base stays as it is.
     """
     device = model.cos.device
     model.requires_grad_(False)
@@ -440,6 +265,8 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
         router.load_state_dict(saved["router"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
+    else:
+        router.prepare(model, batch, config, budget)
 
     def save():
         save_checkpoint(path, {"router": router.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -449,10 +276,13 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
     if bar is not None:
         bar.update(step)
     try:
+        if step < config.steps and compiles(config, device):
+            prove_compiled(model, router, config, budget, batch(step), step)
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss, parts = step_loss(model, router, config, name, budget, *batch(step), step)
+            with router.attached(model):
+                loss, parts = router.step_loss(model, config, budget, *batch(step), step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
@@ -515,8 +345,8 @@ class Joint(nn.Module):
         """-> None, the loss, and the figures."""
         (tau, alpha, asked), n_skip = counts, self.budget[1]
         wanted = {BIG: asked.unsqueeze(1)} | ({SKIP: n_skip / len(self.model.blocks)} if n_skip is not None else {})
-        return None, *mixed_loss(self.model, self.router, self.config, idx, targets, noise, tau, alpha, wanted,
-                                 {"asked": asked})
+        return None, *mixed_loss(self.model, self.router, self.config.per_token, idx, targets, noise, tau, alpha,
+                                 wanted, {"asked": asked})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,12 +356,13 @@ class Joint(nn.Module):
 def choose(model, router, idx, targets=None):
     """Hard choices over whole sequences -> route [S, T, L] uint8 and losses [S, T] (None without targets)"""
     routes, losses = [], []
-    for i in range(0, len(idx), 32):
-        rows = slice(i, i + 32)
-        _, loss, stats = model(idx[rows], router, None if targets is None else targets[rows], reduction="none",
-                               return_stats=True)
-        routes.append(stats["route"])
-        losses.append(loss)
+    with router.attached(model) if isinstance(router, Router) else contextlib.nullcontext():
+        for i in range(0, len(idx), 32):
+            rows = slice(i, i + 32)
+            _, loss, stats = model(idx[rows], router, None if targets is None else targets[rows], reduction="none",
+                                   return_stats=True)
+            routes.append(stats["route"])
+            losses.append(loss)
     return torch.cat(routes), None if targets is None else torch.cat(losses)
 
 
@@ -651,13 +482,17 @@ def check(config):
     for name in ("warmup_steps", "weight_decay", "tokens"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name}={getattr(config, name)}: must be 0 or above, and finite")
+    if config.compile not in ("auto", "on", "off"):
+        raise UserError(f"--compile={config.compile}: choose from auto, on, off")
     if config.choices not in ("sb", "xsb", "xb"):
         raise UserError(f"--choices={config.choices}: choose from sb, xsb, xb: x is SKIP, s SMALL, b BIG")
+    known = (*NAMES, *zoo.KINDS)
     names = config.name.split(",") if config.name else ["mlp"] if config.joint else list(SETS[config.preset])
+    names = list(known) if names == ["all"] else names
     for name in names:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(NAMES)}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
             raise UserError(f"--name={name}: no such router; {hint}")
     if config.joint and (len(names) > 1 or names[0] not in JOINT_NAMES):
         raise UserError(f"--name={config.name}: --joint trains one router, of {', '.join(JOINT_NAMES)}")
@@ -726,8 +561,8 @@ def measure(router, name, **flags):
     router: called as model.forward calls one; taken as it is, its budget is what it spends. name: of its row and file,
     an own one; flags: out_dir, device, preset, tokens, as for the command. README has an example.
     """
-    if name in NAMES:
-        raise UserError(f"{name}: is the name of a router of this file; give yours another")
+    if name in (*NAMES, *zoo.KINDS):
+        raise UserError(f"{name}: is the name of a router of this project; give yours another")
     config = RouterConfig(**flags)
     if config.preset == "auto":
         config.preset = "gpu" if find_device(config.device).type == "cuda" else "cpu"

@@ -18,17 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import claims
+import gates
 import oracle
 import router
 import sample
 import train
 from common import load_checkpoint, load_run, save_checkpoint
+from gates import Router, budget_loss, mixed_forward, soft_gate
 from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, random_route
-from router import NAMES, Router, RouterConfig, budget_loss, mixed_forward, soft_gate
+from router import NAMES, RouterConfig
 
 SHAPE = DuoConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=40)
 L, T, B = SHAPE.n_layer, SHAPE.block_size, 4
 DEBUG = RouterConfig(**router.PRESETS["debug"])
+DOMAIN = torch.zeros(B, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def text():
 def random_router(choices="sb", hidden=0, seed=3):
     """A router whose choices depend on h: weights that are not zero."""
     rng = torch.Generator().manual_seed(seed)
-    made = Router(SHAPE, hidden, choices, router.shares(L, choices, 1.5, None), rng)
+    made = Router(SHAPE, hidden, choices, gates.shares(L, choices, 1.5, None), rng)
     made.w_out.data = torch.randn(made.w_out.shape, generator=rng)
     return made
 
@@ -140,7 +143,7 @@ def test_soft_mix_by_hand(model, text):
     torch.testing.assert_close(share[:, :, -1], torch.stack(p, -1))
     log_p = (model.final_norm(x) @ model.embedding.weight.T).log_softmax(-1)
     expected = -log_p.gather(-1, targets.unsqueeze(-1)).mean()
-    loss, cross_entropy, big = router.mixed_loss(model, made, DEBUG, idx, targets, None, tau, 2.0, {BIG: 0.3})
+    loss, cross_entropy, big = gates.mixed_loss(model, made, False, idx, targets, None, tau, 2.0, {BIG: 0.3})
     torch.testing.assert_close(cross_entropy, expected)
     torch.testing.assert_close(loss, expected + 2 * budget_loss(share, {BIG: 0.3}))
     torch.testing.assert_close(big, share[..., BIG].sum(-1).mean())
@@ -149,8 +152,8 @@ def test_soft_mix_by_hand(model, text):
 def test_gumbel_gate():
     """Forward one hot and drawn with softmax(logits); backward the gradient of the soft choice."""
     logits = torch.tensor([0.5, -math.inf, 1.5]).repeat(200, 100, 1).requires_grad_()
-    noise = router.gumbel_noise(200, 100, 1, torch.Generator().manual_seed(1))[:, :, 0]
-    p, share = router.gumbel_gate(logits, 0.5, noise)
+    noise = gates.gumbel_noise(200, 100, 1, torch.Generator().manual_seed(1))[:, :, 0]
+    p, share = gates.gumbel_gate(logits, 0.5, noise)
     torch.testing.assert_close(p.detach().sort(-1).values, torch.tensor([0.0, 0, 1]).expand(200, 100, 3))
     expected = torch.tensor([0.5, -math.inf, 1.5]).softmax(-1)
     assert (p.mean((0, 1)) - expected).abs().max() < 0.02
@@ -204,7 +207,7 @@ def test_budget_loss_by_hand():
 def test_only_the_router_gets_a_gradient(model, text, name):
     before = copy.deepcopy(model.state_dict())
     made = router.new_router(SHAPE, DEBUG, name, (1, None))
-    loss, _ = router.step_loss(model, made, DEBUG, name, (1, None), *text, 0)
+    loss, _ = made.step_loss(model, DEBUG, (1, None), *text, DOMAIN, 0)
     loss.backward()
     assert all(weight.grad is None for weight in model.parameters())
     assert all(weight.grad.abs().max() > 0 for key, weight in made.named_parameters() if key.endswith("_out"))
@@ -215,7 +218,7 @@ def test_only_the_router_gets_a_gradient(model, text, name):
 def test_each_step_has_its_own_noise(model, text, name):
     config = dataclasses.replace(DEBUG, steps=1000, tau_end=DEBUG.tau_start, alpha_end=DEBUG.alpha_start)
     made = router.new_router(SHAPE, config, name, (1, None))
-    first, again, other = (router.step_loss(model, made, config, name, (1, None), *text, step)[0].item()
+    first, again, other = (made.step_loss(model, config, (1, None), *text, DOMAIN, step)[0].item()
                            for step in (3, 3, 4))
     assert first == again != other
 
@@ -228,14 +231,14 @@ def test_gains_against_plain_forwards(model, text):
     idx, targets = text
     seen = []
 
-    class Record(router.Search):
+    class Record(gates.Search):
         def score(self, routes, keep_keys=False):
             seen.append((self.n_keys - 1, routes))
             return super().score(routes, keep_keys)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "Search", Record)
+        patch.setattr(gates, "Search", Record)
         rng = torch.Generator().manual_seed(1)
-        h, gain = router.labels(model, idx, targets, (0.2, 0.4, 0.4), "xsb", T, 0, 0.1, rng)
+        h, gain = gates.labels(model, idx, targets, (0.2, 0.4, 0.4), "xsb", T, 0, 0.1, rng)
     base = torch.empty(B, T, L, dtype=torch.long)
     for t, routes in seen:  # routes [L C, B, L]: that of layer l, choice c has c in layer l, else the base
         flipped = routes.view(L, 3, B, L)
@@ -267,15 +270,15 @@ def test_oracle_weights_by_hand(model, text):
     idx, targets = text
     tried = []
 
-    class Record(router.Search):
+    class Record(gates.Search):
         def score(self, routes, keep_keys=False):
             losses = super().score(routes, keep_keys)
             tried.append((routes, losses[..., -1]))
             return losses
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "Search", Record)
+        patch.setattr(gates, "Search", Record)
         rng = torch.Generator().manual_seed(1)
-        _, weight = router.labels(model, idx, targets, (0.0, 0.5, 0.5), "sb", 2, 6, 0.3, rng)
+        _, weight = gates.labels(model, idx, targets, (0.0, 0.5, 0.5), "sb", 2, 6, 0.3, rng)
     for n, (routes, losses) in enumerate(tried):
         assert len(routes) == 6
         for b in range(B):
@@ -284,6 +287,40 @@ def test_oracle_weights_by_hand(model, text):
                 big = sum(w for w, route in zip(boltzmann, routes[:, b], strict=True) if route[layer] == BIG)
                 assert weight[b, n, layer, BIG].item() == pytest.approx(big / sum(boltzmann), abs=1e-4)
     torch.testing.assert_close(weight.sum(-1), torch.ones(B, 2, L))
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_one_graph_for_all_budgets_steps_and_seeds(model, text, monkeypatch, name):
+    """What --compile=on runs on a GPU: values and gradients as without, and nothing is compiled anew."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    fast = torch.compile(gates.mixed_loss, backend=backend, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(gates, "compiled_mixed_loss", lambda: fast)
+    for seed, budget, step in ((1, 1, 0), (2, 2, 1), (2, 1, 3)):
+        grads = []
+        for compiled in ("off", "on"):
+            config = dataclasses.replace(DEBUG, seed=seed, compile=compiled)
+            made = router.new_router(SHAPE, config, name, (budget, None))
+            loss, parts = made.step_loss(model, config, (budget, None), *text, DOMAIN, step)
+            loss.backward()
+            grads.append([loss.detach(), *parts.values(), *(p.grad for p in made.parameters())])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == 1
+
+
+def test_training_goes_on_where_compiling_fails(model, text, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler here")
+    monkeypatch.setattr(gates, "compiled_mixed_loss", lambda: broken)
+    config = dataclasses.replace(DEBUG, compile="on")
+    made = router.new_router(SHAPE, config, "linear", (1, None))
+    router.prove_compiled(model, made, config, (1, None), (*text, DOMAIN), 0)
+    assert "no compiler here" in capsys.readouterr().out and config.compile == "off"
+    made.step_loss(model, config, (1, None), *text, DOMAIN, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,11 +355,11 @@ def planted_model(n_layer=3):
 def planted_batch(step, n=16, T=16):
     rng = torch.Generator().manual_seed(step)
     flag = torch.rand(n, T, generator=rng).argsort(1) < FLAGGED * T
-    return torch.randint(2, 22, (n, T), generator=rng) + 20 * flag, flag.long()
+    return torch.randint(2, 22, (n, T), generator=rng) + 20 * flag, flag.long(), torch.zeros(n, dtype=torch.int64)
 
 
 def test_the_planted_problem_is_one():
-    model, (idx, targets) = planted_model(), planted_batch(0)
+    model, (idx, targets) = planted_model(), planted_batch(0)[:2]
     losses = [model(idx, choice, targets, reduction="none")[1] for choice in (SMALL, BIG)]
     assert (losses[1] < losses[0]).equal(targets == 1)
     perfect = torch.where(targets == 1, BIG, SMALL).unsqueeze(-1).expand(-1, -1, 3)
@@ -336,7 +373,7 @@ def test_the_planted_problem_is_learned(name, tmp_path):
                                  save_interval=60)
     made = router.train_router(model, config, name, budget, planted_batch, tmp_path / "x.pt", "hash")
     router.calibrate(model, made, planted_batch(10 ** 6, n=64)[0], budget)
-    idx, targets = planted_batch(10 ** 6 + 1, n=64)
+    idx, targets, _ = planted_batch(10 ** 6 + 1, n=64)
     route, losses = router.choose(model, made, idx, targets)
     right = (route == torch.where(targets == 1, BIG, SMALL).unsqueeze(-1)).float().mean().item()
     assert right > 0.99
@@ -574,7 +611,8 @@ def test_calibration_text_is_never_trained_on(here):
     texts = {domain: np.asarray(tokens) for domain, tokens in r.corpus.train.items()}
     marked = {domain: np.where(touched[domain], 65535, texts[domain]) for domain in texts}
     corpus = dataclasses.replace(r.corpus, train=marked)
-    x, y = router.training_batch(corpus, 500, 16, reserved, 7)
+    x, y, domain = router.training_batch(corpus, 500, 16, reserved, 7)
+    assert domain.unique().tolist() == list(range(len(corpus.domains)))
     assert x.shape == (500, 16)
     assert x[:, 1:].equal(y[:, :-1])
     assert x.max() < 300 > y.max()
@@ -694,7 +732,7 @@ def test_joint_compiles_without_breaks(model, text):
         graphs.append(graph)
         return graph.forward
     fast = torch.compile(joint, backend=backend, fullgraph=True, dynamic=False)
-    noise = router.gumbel_noise(B, T, L, torch.Generator().manual_seed(1))
+    noise = gates.gumbel_noise(B, T, L, torch.Generator().manual_seed(1))
     for value in (1.0, 0.3):
         counts = (torch.tensor(value), torch.tensor(3 * value), torch.full((B,), value / 2))
         for learner in (joint, fast):
