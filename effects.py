@@ -1,0 +1,59 @@
+"""What each of zoo.py's systems claims, measured on the last run: one number, its interval, a verdict.
+
+    python router.py --name=all --budget=4,8     trains what is compared here
+    python effects.py                            measures, and writes zoo.json
+    python effects.py --name=rmoe,glider         these only
+
+Each function below reads the routers of the run (and says which are missing), measures, and returns one finding: the
+claim of the system's paper, our effect with its 95% bootstrap interval over sequences, a verdict by claims.verdict, and
+in `detail` all that its figure draws. Files: out_dir/zoo.json, a list of findings.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import claims
+import router
+from common import UserError, arg, parse_config, run, write_atomic
+
+EFFECTS = {}  # {system: function(r, windows, config) -> finding}
+
+
+@dataclass
+class EffectsConfig:
+    name: str = arg("", "which systems, comma separated; all where left out")
+    out_dir: str = arg("out", "folder of the run; its ckpt.pt and routers/ are read")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = arg(1, "seeds what is drawn here")
+    preset: str = arg("auto", "sizes: cpu, gpu or debug")
+    data_dir: str = arg("data", "where prepared corpora are kept")
+    tokens: int = arg(0, "validation tokens per domain; 0: as planned")
+
+
+PRESETS = {"gpu": {}, "cpu": {}, "debug": {}}
+
+
+def main(argv=None):
+    config = parse_config(EffectsConfig, argv, PRESETS)
+    names = config.name.split(",") if config.name else list(EFFECTS)
+    for name in names:
+        if name not in EFFECTS:
+            raise UserError(f"--name={name}: no such system; choose from {', '.join(EFFECTS)}")
+    r, _, windows = router.start(config)
+    path = Path(config.out_dir) / "zoo.json"
+    found = {line["system"]: line for line in json.loads(path.read_text())} if path.exists() else {}
+    for name in names:
+        line = EFFECTS[name](r, windows, config)
+        line |= {"system": name, "command": f"python effects.py --name={name}", "checkpoint": r.checkpoint,
+                 "torch": torch.__version__,
+                 "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu"}
+        found[name] = claims.without_nan(line)
+        print(f"{name}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
+              f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f}) {line['unit']}")
+        write_atomic(path, json.dumps(list(found.values()), indent=1).encode())
+
+
+if __name__ == "__main__":
+    run(main)
