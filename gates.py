@@ -34,7 +34,7 @@ class Router(nn.Module):
         super().__init__()
         self.learns = learns
         L, d = shape.n_layer, shape.n_embd
-        self.hidden, self.choices = hidden, choices
+        self.hidden, self.choices, self.may_skip = hidden, choices, "x" in choices
         if hidden:
             self.w_in = nn.Parameter(torch.randn(L, d, hidden, generator=rng) / math.sqrt(d))
             self.b_in = nn.Parameter(torch.zeros(L, hidden))

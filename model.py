@@ -87,11 +87,20 @@ class Sorting:
     """The tokens of one layer in the order of their choice: SKIP first, then SMALL, then BIG.
 
     counts: the three group sizes, plain ints; order, inverse: [N] permutations of the N = B * T tokens, or None where
-    all tokens make one choice and nothing needs to move.
+    all tokens make one choice and nothing needs to move. arrived: where the counts are still on their way from the
+    GPU, the event that they wait for. may_skip=False: no token skips, which is known before the counts are.
     """
 
-    def __init__(self, counts, order=None, inverse=None):
-        self.counts, self.order, self.inverse = counts, order, inverse
+    def __init__(self, counts, order=None, inverse=None, arrived=None, may_skip=True):
+        self._counts, self.order, self.inverse = counts, order, inverse
+        self.arrived, self.may_skip = arrived, may_skip
+
+    @property
+    def counts(self):
+        if self.arrived is not None:
+            self.arrived.synchronize()
+            self._counts, self.arrived = self._counts.tolist(), None
+        return self._counts
 
     def apply(self, x, *parts):
         """Run each function on its own rows of x [B, T, d]. parts: (number of rows, function), in sorted order; the
@@ -122,9 +131,26 @@ def sort_route(route, B, T, L, counts=None):
         counts = torch.stack([(choices == c).sum(1) for c in (SKIP, SMALL, BIG)], 1).tolist()
         if any(sum(n) != B * T for n in counts):
             raise ValueError("route holds a value other than 0 (SKIP), 1 (SMALL) and 2 (BIG)")
-    order = choices.argsort(dim=1, stable=True)  # stable: rows stay in memory order within a group
+    # Stable: rows stay in memory order within a group. Bytes sort in one pass, int64 in eight.
+    order = choices.to(torch.uint8).argsort(dim=1, stable=True)
     inverse = torch.empty_like(order).scatter_(1, order, torch.arange(B * T, device=order.device).expand(L, -1))
     return [Sorting(n, o, i) for n, o, i in zip(counts, order, inverse, strict=True)]
+
+
+def sort_choices(choice, may_skip):
+    """A router's choices [B, T] in one layer -> their Sorting. On a GPU its counts travel while attention, which does
+    not need them where no token skips, is queued: waiting here would let the GPU run dry in each layer."""
+    B, T = choice.shape
+    if choice.device.type != "cuda":
+        (sorting,) = sort_route(choice.unsqueeze(-1), B, T, 1)
+        return Sorting(sorting.counts, sorting.order, sorting.inverse, may_skip=may_skip)
+    counts = torch.stack([(choice == c).sum() for c in (SKIP, SMALL, BIG)])
+    on_host = torch.empty(3, dtype=counts.dtype, pin_memory=True)
+    on_host.copy_(counts, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    (sorting,) = sort_route(choice.unsqueeze(-1), B, T, 1, [None])
+    return Sorting(on_host, sorting.order, sorting.inverse, arrived, may_skip)
 
 
 def expand_route(route, B, T, L, device):
@@ -247,20 +273,22 @@ class Block(nn.Module):
 
     def forward(self, x, sorting, cos, sin, cache=None, layer=0):
         """The sparse path. x [B, T, d] -> [B, T, d]; only the work that the tokens chose is done."""
-        n_skip, n_small, n_big = sorting.counts
-        n_read = n_small + n_big
         h = self.attention_norm(x)
-        if n_skip == 0:
+        skips = sorting.may_skip and sorting.counts[SKIP] > 0
+        if not skips:
             q, k, v = self.qkv(h).chunk(3, dim=-1)
         else:  # a token that skips needs no query, but its key and value are written
+            n_skip, n_small, n_big = sorting.counts
+            n_read = n_small + n_big
             w_q, w_kv = self.qkv.weight.to(x.dtype).split((x.size(-1), 2 * x.size(-1)))
             k, v = F.linear(h, w_kv).chunk(2, dim=-1)
             q = sorting.apply(h, (n_skip, None), (n_read, lambda rows: F.linear(rows, w_q))) if n_read else None
         # One fused kernel over the whole sequence; rows of skipping tokens come out of it and are dropped.
         y = self.attend(q, k, v, cos, sin, cache, layer)
-        if n_read == 0:
+        if skips and n_read == 0:
             return x
-        x = x + sorting.apply(y, (n_skip, None), (n_read, self.out))
+        x = x + (sorting.apply(y, (n_skip, None), (n_read, self.out)) if skips else self.out(y))
+        n_skip, n_small, n_big = sorting.counts
         # The norm is row by row, so it may follow the sorting: the gather then fuses with it.
         return x + sorting.apply(x, (n_skip, None), (n_small, lambda rows: self.small(self.ffn_norm(rows))),
                                  (n_big, lambda rows: self.big(self.ffn_norm(rows))))
@@ -329,7 +357,7 @@ class DuoGPT(nn.Module):
             if router:
                 choice_logits, state = router(layer, x, state, seq)
                 choices.append(choice_logits.argmax(-1))
-                sorting = sort_route(choices[-1].unsqueeze(-1), B, T, 1)[0]
+                sorting = sort_choices(choices[-1], getattr(router, "may_skip", True))
             else:
                 sorting = sortings[layer]
             if self.execution == "dense":

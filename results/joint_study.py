@@ -1,8 +1,9 @@
-"""The runs behind cpu_joint.json: python results/joint_study.py [preset] writes out/joint_study/<preset>_joint.json.
+"""The runs behind *_joint.json: python results/joint_study.py [preset] [k] writes out/joint_study/<preset>_joint.json,
+or, for another k than 4, <preset>_joint_k<k>.json.
 
-For each seed, on equal training text: router and base trained together at k = 4; a dense model with as many FLOPs per
-token as that one spends on validation text (its router's included); the full dense model. For the first seed also one
-base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands below may
+For each seed, on equal training text: router and base trained together at k; a dense model with as many FLOPs per
+token as that one spends on validation text (its router's included); the full dense model. At k = 4, for the first seed also
+one base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands below may
 be started by hand, two at a time. Losses are paired: the same validation tokens for all.
 """
 import json
@@ -20,7 +21,7 @@ from claims import by_domain, interval
 from common import find_device, load_run, write_atomic
 from model import BIG
 
-SEEDS, K = (1, 2, 3), 4
+SEEDS = (1, 2, 3)
 
 
 def run(main, out_dir, *flags):
@@ -68,9 +69,11 @@ def compare(file, losses):
 def main():
     preset = sys.argv[1] if len(sys.argv) > 1 else "auto"
     preset = preset if preset != "auto" else "gpu" if find_device("auto").type == "cuda" else "cpu"
+    K = int(sys.argv[2]) if len(sys.argv) > 2 else 4
+    of_k = "" if K == 4 else f"_k{K}"
     out, seeds, losses = Path("out/joint_study"), [], []
     for seed in SEEDS:
-        joint, full = (out / f"{preset}_{name}_s{seed}" for name in ("joint", "full"))
+        joint, full = out / f"{preset}_joint{of_k}_s{seed}", out / f"{preset}_full_s{seed}"
         flags = [f"--preset={preset}", f"--seed={seed}"]
         run(router.main, joint, "--joint", f"--budget={K}", *flags)
         run(train.main, full, "--train_route=big", *flags)
@@ -87,11 +90,14 @@ def main():
     over = {name: np.mean([each[name] for each in losses], 0) for name in losses[0]}
     spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in losses)
               for name in ("equal", "full")}
-    result = {"command": "python results/joint_study.py " + preset, "preset": preset, "torch": torch.__version__,
+    result = {"command": " ".join(["python results/joint_study.py", preset, *sys.argv[2:]]), "preset": preset, "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if find_device("auto").type == "cuda" else "cpu",
               "k": K, "sequences": len(file["idx"]), "seeds": seeds, "mean_over_seeds": compare(file, over),
               "standard_deviation_over_seeds": spread}
 
+    if K != 4:
+        write_atomic(out / f"{preset}_joint{of_k}.json", json.dumps(result, indent=1).encode())
+        return
     many = out / f"{preset}_any_s{SEEDS[0]}"
     run(router.main, many, "--joint", "--budget=any", f"--preset={preset}", f"--seed={SEEDS[0]}")
     result["any"] = []

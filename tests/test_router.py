@@ -973,3 +973,45 @@ def test_at_budget():
     missing = np.array([5.0, np.nan, 3.5, 3.4])
     assert claims.at_budget(np.array(2.0), missing) == 3.5
     assert np.isnan(claims.at_budget(np.array(0.5), missing))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("choices", ["sb", "xsb"])
+def test_cuda_counts_that_travel_late(choices):
+    """A routed forward, whose counts arrive while attention is queued, and the same choices given as a route."""
+    shape = dataclasses.replace(SHAPE, n_embd=64, block_size=64)
+    model = DuoGPT(shape).init_weights(torch.Generator().manual_seed(1)).cuda().eval().requires_grad_(False)
+    rng = torch.Generator().manual_seed(3)
+    made = Router(shape, 8, choices, gates.shares(L, choices, 1.5, None), rng)
+    made.w_out.data = torch.randn(made.w_out.shape, generator=rng)
+    made.cuda()
+    for i in range(5):
+        idx = torch.randint(SHAPE.vocab_size, (8, 64), generator=torch.Generator().manual_seed(i)).cuda()
+        logits, _, stats = model(idx, made, return_stats=True)
+        assert len(stats["route"].unique()) == len(choices)
+        torch.testing.assert_close(model(idx, stats["route"])[0], logits, atol=1e-4, rtol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_cuda_compiled_step_equals_the_plain_one(name):
+    """The graph that --compile=auto runs on a GPU: loss and gradients as without, for two budgets."""
+    shape = dataclasses.replace(SHAPE, n_embd=64, block_size=64)
+    model = DuoGPT(shape).init_weights(torch.Generator().manual_seed(1)).cuda().eval().requires_grad_(False)
+    idx = torch.randint(SHAPE.vocab_size, (8, 65), generator=torch.Generator().manual_seed(2)).cuda()
+    for budget in (1, 2):
+        grads = []
+        for compiled in ("off", "on"):
+            config = dataclasses.replace(DEBUG, compile=compiled)
+            made = router.new_router(shape, config, name, (budget, None)).cuda()
+            loss, _ = made.step_loss(model, config, (budget, None), idx[:, :-1], idx[:, 1:], DOMAIN, 1)
+            loss.backward()
+            grads.append([loss.detach(), *(p.grad for p in made.parameters())])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
