@@ -2,9 +2,9 @@
 or, for another k than 4, <preset>_joint_k<k>.json.
 
 For each seed, on equal training text: router and base trained together at k; a dense model with as many FLOPs per
-token as that one spends on validation text (its router's included); the full dense model. At k = 4, for the first seed also
-one base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands below may
-be started by hand, two at a time. Losses are paired: the same validation tokens for all.
+token as that one spends on validation text (its router's included); the full dense model. At k = 4, for the first seed
+also one base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands
+below may be started by hand, two at a time. Losses are paired: the same validation tokens for all.
 """
 import json
 import statistics
@@ -90,7 +90,8 @@ def main():
     over = {name: np.mean([each[name] for each in losses], 0) for name in losses[0]}
     spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in losses)
               for name in ("equal", "full")}
-    result = {"command": " ".join(["python results/joint_study.py", preset, *sys.argv[2:]]), "preset": preset, "torch": torch.__version__,
+    result = {"command": " ".join(["python results/joint_study.py", preset, *sys.argv[2:]]), "preset": preset,
+              "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if find_device("auto").type == "cuda" else "cpu",
               "k": K, "sequences": len(file["idx"]), "seeds": seeds, "mean_over_seeds": compare(file, over),
               "standard_deviation_over_seeds": spread}
