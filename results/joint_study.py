@@ -96,8 +96,9 @@ def main():
               "k": K, "sequences": len(file["idx"]), "seeds": seeds, "mean_over_seeds": compare(file, over),
               "standard_deviation_over_seeds": spread}
 
+    path = out / f"{preset}_joint{of_k}.json"
+    write_atomic(path, json.dumps(result, indent=1).encode())
     if K != 4:
-        write_atomic(out / f"{preset}_joint{of_k}.json", json.dumps(result, indent=1).encode())
         return
     many = out / f"{preset}_any_s{SEEDS[0]}"
     run(router.main, many, "--joint", "--budget=any", f"--preset={preset}", f"--seed={SEEDS[0]}")
@@ -106,7 +107,7 @@ def main():
         file, of_any, flops, big = routed(many, k, SEEDS[0])
         compared = compare(file, {"any": of_any, "full": losses[0]["full"], "equal at k=4": losses[0]["equal"]})
         result["any"].append({"k": k, "big_per_token": big, "flops": flops, "loss": compared})
-    write_atomic(out / f"{preset}_joint.json", json.dumps(result, indent=1).encode())
+    write_atomic(path, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":
