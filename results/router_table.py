@@ -17,7 +17,8 @@ from common import parse_config, write_atomic
 from model import BIG, SMALL
 
 KEPT = ("name", "budget", "skip_budget", "choices", "domain", "equivalent_big", "loss", "loss_ci", "bits_per_byte",
-        "flops", "router_flops", "versus", "recovered", "sequences", "compared_on", "steps", "command", "device", "torch")
+        "flops", "router_flops", "versus", "recovered", "sequences", "compared_on", "steps", "command", "device",
+        "torch")
 
 
 def averaged(files):
