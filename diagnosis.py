@@ -13,6 +13,7 @@ import claims
 from model import BIG, SKIP
 
 SMOOTHING = 1.0  # tokens' worth of "as the layer does on average" that each value's counts start from
+PARTS = 8  # of the sequence, where something is shown against position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,9 +67,9 @@ def share(saved, needed):
 
 
 def dependence(routes, idx, domain, vocab_size, seed=0):
-    """routes [S, T, L], idx [S, T], domain [S] -> {variable: {"told": (share, low, high), "layers" [L]: see share;
-    "information" [L]: I / H as counted, "shuffled" [L]: the same with x shuffled over all tokens; "saved", "needed"
-    [S]}} for variable in token id, domain, position."""
+    """routes [S, T, L], idx [S, T], domain [S] -> {variable: {"saved", "needed" [S, L]: see foretold; "information"
+    [L]: I / H as counted; "shuffled" [L]: the same where x is shuffled over all tokens}} for variable in token id,
+    domain, position."""
     (S, T, L), rng, found = routes.shape, np.random.default_rng(seed), {}
     variables = {"token id": (idx, vocab_size), "domain": (np.repeat(domain[:, None], T, 1), domain.max() + 1),
                  "position": (np.broadcast_to(np.arange(T), (S, T)), T)}
@@ -79,9 +80,7 @@ def dependence(routes, idx, domain, vocab_size, seed=0):
         for values in (x, shuffled):
             information, h = mutual_information(np.stack([count(routes[..., layer], values, n) for layer in range(L)]))
             normal.append(np.where(h > 1e-3, information / np.maximum(h, 1e-3), np.nan))
-        whole, layers = share(*told)
-        found[variable] = {"told": whole, "layers": layers, "information": normal[0], "shuffled": normal[1],
-                           "saved": told[0].sum(-1), "needed": told[1].sum(-1)}
+        found[variable] = {"saved": told[0], "needed": told[1], "information": normal[0], "shuffled": normal[1]}
     return found
 
 
@@ -131,6 +130,6 @@ def agreement(routes, final):
     return float((routes == final).mean()), float((usage(routes) * usage(final)).sum(0).mean())
 
 
-def by_position(values, parts=8):
-    """values [S, T] -> means over `parts` equal parts of the sequence [S, parts]"""
-    return np.stack([part.mean(1) for part in np.array_split(values, parts, axis=1)], 1)
+def by_position(values):
+    """values [S, T] -> means over eighths of the sequence [S, 8]"""
+    return np.stack([part.mean(1) for part in np.array_split(values, PARTS, axis=1)], 1)

@@ -96,11 +96,12 @@ class TokenId(Router):
         logits = c E_l[token id] + g_l        E [L, V, 3], a table;  c = sqrt(d)
 
     No multiplications, so no FLOPs, and all choices are known before the model runs. c: Adam moves each entry by about
-    the learning rate a step; in a linear router d entries move one logit, here only one does.
+    the learning rate a step; in a linear router d entries move one logit, here only one does. It learns by the soft
+    mix, as the linear router does, so that nothing but the input differs.
     """
 
     def __init__(self, shape, config, share, rng):
-        super().__init__(shape, 0, config.choices, share, rng)
+        super().__init__(shape, 0, config.choices, share, rng, learns="linear")
         self.scale = math.sqrt(shape.n_embd)
         self.w_out = nn.Parameter(torch.zeros(shape.n_layer, shape.vocab_size, 3))  # a linear layer's, of one-hot ids
 
