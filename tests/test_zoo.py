@@ -8,6 +8,7 @@ from test_router import DEBUG, SHAPE, planted_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import diagnosis
+import gates
 import router
 import zoo
 from model import BIG, SMALL, DuoConfig, DuoGPT, KVCache
@@ -132,6 +133,17 @@ def test_bfloat16_activations(idx, name):
     made, h = random_system(name), torch.randn(B, T, SHAPE.n_embd).bfloat16()
     logits = [made(layer, h, None, {"idx": idx})[0] for layer in range(L)]
     assert all(z.dtype == torch.float32 for z in logits)
+
+
+@every_kind
+def test_one_graph(model, idx, name):
+    """On a GPU the mixed forward is compiled: no part of it may fall back to python, and all values stay."""
+    made, values = random_system(name), (torch.tensor(0.5), torch.tensor(3.0), {BIG: torch.tensor(0.3)})
+    noise = None if made.learns == "linear" else gates.gumbel_noise(B, T, L, torch.Generator().manual_seed(1))
+    losses = []
+    for loss in (gates.mixed_loss, torch.compile(gates.mixed_loss, dynamic=False, fullgraph=True, backend="eager")):
+        losses.append(loss(model, made, False, idx, idx.roll(-1, 1), noise, *values)[0])
+    torch.testing.assert_close(*losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
