@@ -12,7 +12,7 @@ import numpy as np
 import claims
 from model import BIG, SKIP
 
-SMOOTHING = 1.0  # tokens' worth of "as the layer does on average" that each value's counts start from
+SMOOTHING = (1, 10, 100)  # tokens' worth of "as the layer does on average" that each value's counts start from
 PARTS = 8  # of the sequence, where something is shown against position
 
 
@@ -41,27 +41,29 @@ def foretold(choices, x, n_values):
     """How many nats does knowing x save when a choice is predicted from other sequences' counts? Sequences are halved
     (even, odd); each half is predicted from the other's counts.
 
-        saved(token) = log p(c | x) - log p(c),   p(c | x) = (n_xc + m p(c)) / (n_x + m),  m = SMOOTHING
+        saved(token) = log p(c | x) - log p(c),   p(c | x) = (n_xc + m p(c)) / (n_x + m),  the best m of SMOOTHING
 
     Its mean over tokens is I but for what too few counts cost: what cannot be told in advance is not counted, so this
-    is never too high, needs no correction, and, being a mean over sequences, has a bootstrap interval.
+    is not too high, needs no correction, and, being a mean over sequences, has a bootstrap interval.
     choices [S, T], x [S, T] -> saved [S], -log p(c) [S], both means over each sequence's tokens
     """
-    saved, needed = np.zeros(len(choices)), np.zeros(len(choices))
+    saved, needed = np.zeros((len(SMOOTHING), len(choices))), np.zeros(len(choices))
     for half in (0, 1):
         others = count(choices[1 - half::2], x[1 - half::2], n_values)
         p = (others.sum(0) + 1 / 3) / (others.sum() + 1)  # a choice that the other half never made is not impossible
-        given = (others + SMOOTHING * p) / (others.sum(1, keepdims=True) + SMOOTHING)  # [n_values, 3]
         c, value = choices[half::2], x[half::2]
         needed[half::2] = -np.log(p)[c].mean(-1)
-        saved[half::2] = np.log(given)[value, c].mean(-1) + needed[half::2]
-    return saved, needed
+        for i, m in enumerate(SMOOTHING):
+            given = (others + m * p) / (others.sum(1, keepdims=True) + m)  # [n_values, 3]
+            saved[i, half::2] = np.log(given)[value, c].mean(-1) + needed[half::2]
+    return saved[saved.mean(1).argmax()], needed
 
 
 def share(saved, needed):
-    """saved, needed [S, L] -> the share of all layers' uncertainty that is saved, with its interval; [L] per layer. A
-    layer that chooses alike for all tokens has nothing to tell: nan there, and no weight in the whole."""
-    columns = np.stack((saved.sum(1), needed.sum(1)), 1)
+    """saved, needed [S, L] -> the share of uncertainty that is saved: of all layers but the first, with its interval;
+    [L] per layer. The first reads the embedding alone, so there the id tells all, by construction. A layer that chooses
+    alike for all tokens has nothing to tell: nan there, and no weight in the whole."""
+    columns = np.stack((saved[:, 1:].sum(1), needed[:, 1:].sum(1)), 1)
     layers = np.where(needed.mean(0) > 1e-3, saved.mean(0) / np.maximum(needed.mean(0), 1e-3), np.nan)
     return claims.interval(columns, lambda m: m[..., 0] / np.maximum(m[..., 1], 1e-9)), layers
 

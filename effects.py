@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import claims
+import data
 import diagnosis
 import router
 from common import UserError, arg, parse_config, run, write_atomic
@@ -190,9 +191,10 @@ def openmoe(r, windows, config):
     if oracle:
         told["oracle"] = average([diagnosis.dependence(*oracle, r.shape.vocab_size, config.seed)])
     # The headline: of the linear router's uncertainty, what the token id tells, minus what the better of the two tells.
-    saved = {x: values["saved"].sum(1) for x, values in told["linear"].items()}
+    # Not in layer 0, which reads the embedding alone: see diagnosis.share.
+    saved = {x: values["saved"][:, 1:].sum(1) for x, values in told["linear"].items()}
     columns = np.stack((saved["token id"], saved["domain"], saved["position"],
-                        told["linear"]["token id"]["needed"].sum(1)), 1)
+                        told["linear"]["token id"]["needed"][:, 1:].sum(1)), 1)
     effect = claims.interval(columns, lambda m: (m[..., 0] - m[..., 1:3].max(-1)) / m[..., 3])
     detail = {"budget": k, "choices_told_by": {}}
     for name, variables in told.items():
@@ -273,28 +275,26 @@ def early_learning(r, windows, config, k, seed):
 
 @torch.no_grad()
 def drop_towards_the_end(r, files, windows, k, seeds):
-    """The capacity router, its price set on the calibration text of one domain at a time: how many tokens that want BIG
-    find no place, by position, in that domain and in the others? And its loss minus the linear router's, by position
-    (both as they lie in the run: calibrated on all domains together)."""
-    idx, _, domain = windows
-    lost = np.zeros((len(r.domains), len(idx), diagnosis.PARTS))  # by the domain that set the price; sequence; position
+    """The capacity router: how many tokens that want BIG find no place, by position, on validation text and on text of
+    a kind that nothing here was trained on (C++)? And what that costs against the linear router, by position."""
+    idx, T = windows[0], r.shape.block_size
+    tokens = data.extra_domain("cpp", r.corpus)[1]
+    n = min(len(idx), (len(tokens) - 1) // T)
+    cpp, _ = data.to_tensors([tokens[i:i + T + 1] for i in np.arange(n) * (len(tokens) - 1) // n])
+    some = torch.linspace(0, len(idx) - 1, n).long()  # as many, of all domains
+    lost = {"in": 0, "out": 0}
     for seed in seeds:
         path = Path(r.config.out_dir) / "routers" / f"{router.stem('capacity', (k, None), 'sb', seed)}.pt"
-        made, saved = router.load_router(path, r.checkpoint, r.shape, r.device)
-        texts = router.calibration_text(r, router.RouterConfig(**saved["config"]))
-        for d, name in enumerate(r.domains):
-            router.calibrate(r.exact, made, texts[name], (k, None))
-            lost[d] += without_place(r, made, idx) / len(seeds)
-    inside = domain == np.arange(len(r.domains))[:, None]  # [D, S]
-    cases = {"in": inside} | ({"out": ~inside} if len(r.domains) > 1 else {})
-    lost = {where: (lost * which[..., None]).sum(0) / which.sum(0)[:, None] for where, which in cases.items()}
+        made, _ = router.load_router(path, r.checkpoint, r.shape, r.device)
+        for where, text in (("in", idx[some]), ("out", cpp)):
+            lost[where] = lost[where] + without_place(r, made, text) / len(seeds)
     cost = np.mean([diagnosis.by_position(files["capacity"][k, seed]["losses"] - files["linear"][k, seed]["losses"])
                     for seed in seeds], 0)  # [S, 8]
-    return {"places": made.places, "overflow": {where: [claims.interval(part) for part in values.T]
-                                                for where, values in lost.items()},
+    return {"places": made.places, "sequences": n,
+            "overflow": {where: [claims.interval(part) for part in values.T] for where, values in lost.items()},
             "overflow_last_minus_first": {where: claims.interval(values[:, -1] - values[:, 0])
                                           for where, values in lost.items()},
-            "overflow_out_minus_in": claims.interval((lost["out"] - lost["in"]).mean(1)) if "out" in lost else None,
+            "overflow_out_minus_in": claims.interval(lost["out"].mean(1) - lost["in"].mean(1)),
             "loss_minus_linear": [claims.interval(part) for part in cost.T],
             "loss_last_minus_first": claims.interval(cost[:, -1] - cost[:, 0])}
 
