@@ -65,6 +65,11 @@ def common_keys(r, files, *names):
     return sorted(keys)
 
 
+def typical(r, budgets):
+    """-> the one nearest to a third of the layers, where routes differ most: for what is drawn at one budget only"""
+    return min(budgets, key=lambda k: abs(k - r.shape.n_layer / 3))
+
+
 def fixed_losses(r, windows):
     """-> losses per sequence [S, L + 1] of the best fixed pattern of each k. Raises UserError without oracle.py's."""
     patterns, context = router.load_patterns(r)
@@ -154,9 +159,9 @@ def rmoe(r, windows, config):
                                  for k in budgets] for name in kinds},
                "spread_over_independent": {name: [claims.interval(*over(pairs, name, k, wider)) for k in budgets]
                                            for name in kinds},
-               "matrix_budget": budgets[0], "matrix": {}, "big_per_token": {}}
+               "matrix_budget": typical(r, budgets), "matrix": {}, "big_per_token": {}}
     for name in kinds:
-        here = [key for key in keys if key[0] == budgets[0]]
+        here = [key for key in keys if key[0] == detail["matrix_budget"]]
         detail["matrix"][name] = np.mean([diagnosis.cross_layer(pairs[name, key].mean(0)) for key in here], 0)
         detail["big_per_token"][name] = np.mean([np.bincount(  # share of tokens with 0..L BIG
             (files[name][key]["routes"] == BIG).sum(-1).ravel(), minlength=r.shape.n_layer + 1) for key in here], 0
@@ -179,7 +184,7 @@ def openmoe(r, windows, config):
     files = evaluated(r, windows)
     keys = common_keys(r, files, "linear", "token_id", "capacity")
     idx, _, domain = windows
-    k = keys[0][0]
+    k = typical(r, [budget for budget, _ in keys])
     seeds = [seed for budget, seed in keys if budget == k]
     told = {}
     for name, of_kind in files.items():

@@ -1,15 +1,22 @@
 """zoo.py: each system solves the problem its idea is for; causal choices; decodes as it reads; meets its budget."""
 import dataclasses
+import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from test_router import DEBUG, SHAPE, planted_model
+from conftest import user_error
+from test_router import DEBUG, SHAPE, TINY, planted_model
+from test_train import write_texts
 from torch.utils.flop_counter import FlopCounterMode
 
 import diagnosis
+import effects
 import gates
+import oracle
 import router
+import train
 import zoo
 from model import BIG, SMALL, DuoConfig, DuoGPT, KVCache
 
@@ -369,3 +376,88 @@ def test_agreement_and_chance():
     same, chance = diagnosis.agreement(other, final)
     assert same == pytest.approx(chance, abs=0.02)
     assert chance == pytest.approx((0.3 ** 2 + 0.7 ** 2 + 0.9 ** 2 + 0.1 ** 2) / 2, abs=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# effects.py: RMoE and OpenMoE on a run of their own
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """-> a run of ten steps with the oracle's files, and all routers that the two effects read, at k = 1 and 2"""
+    folder = tmp_path_factory.mktemp("effects")
+    write_texts(folder / "texts", n=200)
+    flags = ["--device=cpu", f"--data_dir={folder / 'data'}", f"--out_dir={folder / 'run'}"]
+    train.main([f"--{key}={value}" for key, value in (TINY | {"corpus": folder / "texts"}).items()] + flags)
+    flags.append("--preset=debug")
+    oracle.main(flags)
+    router.main([*flags, "--name=linear,token_id,capacity,mlp,rmoe,rmoe_np", "--budget=1,2", "--tokens=128"])
+    return folder / "run", flags + ["--tokens=128"]
+
+
+def finding_of(run, system):
+    return next(line for line in json.loads((run / "zoo.json").read_text()) if line["system"] == system)
+
+
+def test_the_effect_of_rmoe(finished):
+    """Against the numbers that router.py reports: (rmoe - fixed) - (rmoe_np - fixed), the mean over both budgets."""
+    run, flags = finished
+    effects.main([*flags, "--name=rmoe"])
+    found, rows = finding_of(run, "rmoe"), json.loads((run / "routers.json").read_text())
+    minus = {(row["name"], row["budget"]): row["versus"]["fixed"][0] for row in rows}
+    gains = [minus["rmoe_np", k] - minus["rmoe", k] for k in (1, 2)]
+    assert found["effect"] == pytest.approx(np.mean(gains), abs=1e-6)
+    assert found["ci"][0] <= found["effect"] <= found["ci"][1]
+    detail = found["detail"]
+    assert detail["kinds"] == ["linear", "mlp", "rmoe_np", "rmoe"] and detail["budgets"] == [1, 2]
+    for name in detail["kinds"]:
+        np.testing.assert_allclose([row[0] for row in detail["minus_fixed"][name]], [minus[name, k] for k in (1, 2)],
+                                   rtol=1e-3, atol=1e-6)
+        arrays = dict(np.load(run / "routers" / f"{name}_k1_s1.npz"))
+        n_big = (arrays["routes"] == BIG).sum(-1)
+        assert detail["spread"][name][0][0] == pytest.approx(n_big.std(), rel=1e-3, abs=1e-6)
+        np.testing.assert_allclose(detail["big_per_token"][name], np.bincount(n_big.ravel(), minlength=4) / n_big.size,
+                                   rtol=1e-3)
+
+
+def test_the_effect_of_openmoe(finished, monkeypatch):
+    run, flags = finished
+    text = np.random.default_rng(1).integers(0, 256, 3000).astype(np.uint16)
+    monkeypatch.setattr(effects.data, "extra_domain", lambda *_: (text, text, "random"))
+    effects.main([*flags, "--name=openmoe"])
+    detail = finding_of(run, "openmoe")["detail"]
+    assert set(detail["choices_told_by"]) == {"linear", "token_id", "capacity", "mlp", "rmoe", "rmoe_np", "oracle"}
+    # the table's choices are told by the id alone: as counted, all of them
+    counted = [share for share in detail["choices_told_by"]["token_id"]["token id"]["information"] if share is not None]
+    np.testing.assert_allclose(counted, 1)
+    assert detail["early"]["agreement"][-1] == detail["early"]["of_the_way"][-1] == 1
+    row = next(row for row in json.loads((run / "routers.json").read_text())
+               if (row["name"], row["budget"]) == ("linear", 1))  # there is one domain
+    assert detail["table"]["linear"]["gain"][0] == pytest.approx(-row["versus"]["fixed"][0], rel=1e-3, abs=1e-6)
+    a, b = (np.load(run / "routers" / f"{name}_k1_s1.npz")["losses"] for name in ("capacity", "linear"))
+    np.testing.assert_allclose([part[0] for part in detail["drop"]["loss_minus_linear"]],
+                               (a - b).reshape(len(a), 8, 2).mean((0, 2)), rtol=1e-3, atol=1e-6)
+
+
+def test_training_again_ends_where_it_ended(finished):
+    """early_learning's last moment is the run's own router: same text, same seeds, same calibration."""
+    run, flags = finished
+    config = effects.parse_config(effects.EffectsConfig, flags, effects.PRESETS)
+    r, _, windows = router.start(config)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "agreement", lambda routes, final: seen.append(final) or (1.0, 0.5))
+        effects.early_learning(r, windows, config, 1.0, 1)
+    assert np.array_equal(seen[-1], np.load(run / "routers" / "linear_k1_s1.npz")["routes"])
+
+
+def test_missing_routers_are_named(finished, tmp_path):
+    run, flags = finished
+    (tmp_path / "routers").mkdir()
+    for file in ("ckpt.pt", "config.json", "tokenizer.json"):
+        os.link(run / file, tmp_path / file)
+    flags = [flag for flag in flags if "out_dir" not in flag] + [f"--out_dir={tmp_path}"]
+    user_error(lambda: effects.main([*flags, "--name=rmoe"]), "rmoe_np", "python router.py --name=rmoe,rmoe_np")
+    user_error(lambda: effects.main([*flags, "--name=openmoe"]), "python router.py --name=linear,token_id,capacity")
+    for name in ("rmoe", "rmoe_np"):
+        os.link(run / "routers" / f"{name}_k1_s1.npz", tmp_path / "routers" / f"{name}_k1_s1.npz")
+    user_error(lambda: effects.main([*flags, "--name=rmoe"]), "patterns", "python oracle.py")
