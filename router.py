@@ -177,6 +177,25 @@ def training_batch(corpus, batch_size, T, reserved, seed):
     return *data.to_tensors(windows), torch.tensor(domains)
 
 
+def training_text(r, config):
+    """-> batch: step -> x, y [B, T], domain [B] on the device, of training text that is not kept for calibration"""
+    T = r.shape.block_size
+    reserved = calibration_starts(r.corpus, config.calibration_tokens, T, config.seed)
+
+    def batch(step):
+        seed = derive_seed(config.seed, "router", "data", step)
+        return [t.to(r.device) for t in training_batch(r.corpus, config.batch_size, T, reserved, seed)]
+    return batch
+
+
+def calibration_text(r, config):
+    """-> {domain: idx [n, T]}, on the device"""
+    T, starts = r.shape.block_size, calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size,
+                                                       config.seed)
+    return {domain: data.to_tensors([r.corpus.train[domain][i:i + T + 1] for i in starts[domain]])[0].to(r.device)
+            for domain in starts}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
@@ -245,11 +264,11 @@ def prove_compiled(model, router, config, budget, texts, step):
     router.zero_grad(set_to_none=True)
 
 
-def train_router(model, config, name, budget, batch, path, checkpoint, bar=None):
+def train_router(model, config, name, budget, batch, path, checkpoint, bar=None, watch=None):
     """Train one router, from its file where there is one -> the Router, or None where it was interrupted (and saved).
 
     batch: step -> x, y [B, T], domain [B]; below 0 it is text to prepare a router on. checkpoint: the hash of the
-    base's file. The base stays as it is.
+    base's file. watch: called as watch(step, router) after each step. The base stays as it is.
     """
     device = model.cos.device
     model.requires_grad_(False)
@@ -288,6 +307,8 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            if watch is not None:
+                watch(step, router)
             if bar is not None:
                 bar.update()
             saving = step % config.save_interval == 0 or step == config.steps or bool(stop)
@@ -511,10 +532,8 @@ def calibrate_and_evaluate(r, config, router, path, saved, windows):
     """Shift the router of a file to its budget, once, and measure it: the file, and its npz, are written."""
     n_big, n_skip = saved["budget"]
     if "calibration" not in saved:
-        T = r.shape.block_size
-        text, _ = data.to_tensors([r.corpus.train[domain][i:i + T + 1] for domain, starts in calibration_starts(
-            r.corpus, config.calibration_tokens, T, config.seed).items() for i in starts])
-        saved["calibration"] = calibrate(r.exact, router, text.to(r.device), saved["budget"])
+        text = torch.cat(list(calibration_text(r, config).values()))
+        saved["calibration"] = calibrate(r.exact, router, text, saved["budget"])
         saved["router"] = router.state_dict()
         save_checkpoint(path, saved)
     off = abs(saved["calibration"]["big"] - n_big)
@@ -616,7 +635,6 @@ def main(argv=None):
     config = parse_config(RouterConfig, argv, PRESETS)
     names = check(config)
     r, folder, windows = start(config)
-    reserved = calibration_starts(r.corpus, config.calibration_tokens, r.shape.block_size, config.seed)
     L, T = r.shape.n_layer, r.shape.block_size
     sets = SETS[config.preset]
     jobs = [(config, name, budget) for name in names
@@ -631,9 +649,7 @@ def main(argv=None):
     if not load_patterns(r)[0]:
         print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
 
-    def batch(step):
-        seed = derive_seed(config.seed, "router", "data", step)
-        return [t.to(r.device) for t in training_batch(r.corpus, config.batch_size, T, reserved, seed)]
+    batch = training_text(r, config)
     with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
         for own, name, budget in jobs:
