@@ -9,6 +9,7 @@ A `.py` file gives two documents: `code`, the source with its docstrings cut out
 """
 import ast
 import base64
+import contextlib
 import gc
 import hashlib
 import http.client
@@ -52,6 +53,7 @@ VAL_SHARE, VAL_LEAST, VAL_MOST = 0.04, 0.02, 0.2
 BPE_SAMPLE = 30_000_000  # bytes of training text: more changes hardly any merge
 MIN_BYTES, CHUNK = 4096, 16384  # the least text worth splitting; a single file is cut into documents of about CHUNK
 POOL_BYTES = 40_000_000  # more source than this is parsed by several processes; less takes under 10 s
+EXTRA_MB = 6  # of an extra domain: 2 to 3M tokens
 TIMEOUT = 30  # seconds without a byte before a download is given up
 HUGGING_FACE = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 DOWNLOADS = {  # name: url, bytes, sha256
@@ -528,6 +530,66 @@ def load(folder):
     lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(vocab_size - 1)] + [0]
     return Corpus(folder, name, domains, train, val, encoding, vocab_size, np.array(lengths, np.int64), fingerprint,
                   encoding.eot_token, counts, left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a domain that no base has been trained on
+
+def header_files():
+    """-> sorted list of the C++ headers that torch is installed with. Left out: ATen/ops, 7,000 short files generated
+    from one template, which would make validation a copy of training in all but names."""
+    folder = Path(torch.__file__).parent / "include"
+    files = [path for path in sorted(folder.rglob("*.h")) if path.parent != folder / "ATen" / "ops"]
+    if not files:
+        raise UserError(f"{folder}: holds no C++ headers, the domain cpp; install torch from its own wheel "
+                        "(python -m pip install --force-reinstall -r requirements.txt)")
+    return files
+
+
+def extra_domain(name, corpus):
+    """A domain beside those of the corpus, in the corpus's own vocabulary: cpp, C++ headers with their comments.
+
+    -> train, validation tokens (np.memmap uint16, together 2 to 3M), fingerprint: torch's versions differ in
+    their headers. Split by file, exact duplicates removed. Kept in corpus.folder/extra_<name>, which appears when whole.
+    """
+    if name != "cpp":
+        raise UserError(f"{name}: no such extra domain; choose from cpp")
+    folder, vocab_hash = corpus.folder / f"extra_{name}", sha256((corpus.folder / "tokenizer.json").read_bytes())
+    if not (folder / "meta.json").exists():
+        if folder.exists():
+            raise UserError(f"{folder}: not a prepared domain (no meta.json); delete it, then it is prepared again")
+        texts = {}
+        for path in header_files():
+            content = path.read_bytes()
+            with contextlib.suppress(UnicodeDecodeError):  # a few are in Latin-1
+                texts[sha256(content)] = content.decode("utf-8-sig").replace("\r\n", "\n")
+        kept = fill_budget({key: len(text.encode()) for key, text in texts.items()}, EXTRA_MB)
+        documents = [(key, {name: texts[key]}) for key in kept if texts[key].strip()]
+        val = choose_validation(documents)
+        temporary = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", corpus.folder))
+        try:
+            with progress(None, f"encoding {name}", len(documents)) as bar:
+                for split, keys in (("train", {key for key, _ in documents} - val), ("val", val)):
+                    write_tokens(temporary / f"{split}.bin", [texts[key] for key in sorted(keys)], corpus.encoding,
+                                 vocab_hash, bar)
+            digests = [f"{'val' if key in val else 'train'} {key}" for key, _ in documents]
+            fingerprint = sha256("\n".join([f"rule {SPLIT_RULE}", vocab_hash, *digests]).encode())[:16]
+            write_atomic(temporary / "meta.json", json.dumps({
+                "name": name, "torch": torch.__version__, "fingerprint": fingerprint,
+                "train_files": len(documents) - len(val), "val_files": len(val)}, indent=1).encode())
+            os.chmod(temporary, 0o755)
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                if not (folder / "meta.json").exists():  # else another process was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fingerprint = json.loads((folder / "meta.json").read_bytes())["fingerprint"]
+    except (ValueError, KeyError):
+        raise damaged(folder / "meta.json", "damaged") from None
+    return *(read_tokens(folder / f"{split}.bin", vocab_hash) for split in ("train", "val")), fingerprint
 
 
 # ---------------------------------------------------------------------------------------------------------------------

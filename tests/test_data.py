@@ -691,3 +691,59 @@ def test_command_line(tmp_path, texts):
     result = command(f"--corpus={tmp_path / 'nowhere'}")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("data.py: error: --corpus=") and result.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a domain that no base has been trained on
+
+@pytest.fixture
+def headers(tmp_path, monkeypatch):
+    """50 made-up headers as torch's; -> their folder (of the package, with include/ in it)"""
+    folder = tmp_path / "torch"
+    (folder / "include" / "ATen" / "ops").mkdir(parents=True)
+    for i in range(50):
+        text = f"#pragma once\n// {words(random.Random(i), 40)}\nint f{i}(int x);\n"
+        (folder / "include" / ("ATen" if i % 2 else ".") / f"h{i}.h").write_text(text)
+    (folder / "include" / "ATen" / "ops" / "generated.h").write_text("generated from a template")
+    (folder / "include" / "copy.h").write_bytes((folder / "include" / "h0.h").read_bytes())
+    (folder / "include" / "latin.h").write_bytes(b"// caf\xe9\n")
+    monkeypatch.setattr(data.torch, "__file__", str(folder / "__init__.py"))
+    return folder
+
+
+def test_extra_domain(tmp_path, sources, headers):
+    corpus = data.load(tiny(tmp_path))
+    before = {path.name: path.read_bytes() for path in corpus.folder.iterdir()}
+    train, val, fingerprint = data.extra_domain("cpp", corpus)
+    files = {split: text_of(corpus, tokens).split(data.EOT)[:-1] for split, tokens in (("train", train), ("val", val))}
+    assert not set(files["train"]) & set(files["val"])  # disjoint by file
+    assert sorted(files["train"] + files["val"]) == sorted(path.read_text() for path in headers.rglob("h*.h"))
+    assert 1 <= len(files["val"]) <= 10
+    assert {path.name: path.read_bytes() for path in corpus.folder.iterdir() if path.is_file()} == before
+    headers.joinpath("include", "h0.h").write_text("changed")
+    again = data.extra_domain("cpp", corpus)  # kept, not made again
+    assert again[2] == fingerprint and again[0].tolist() == train.tolist()
+    (corpus.folder / "extra_cpp").rename(tmp_path / "old")
+    assert data.extra_domain("cpp", corpus)[2] != fingerprint
+    assert json.loads((corpus.folder / "extra_cpp" / "meta.json").read_text())["torch"] == torch.__version__
+
+
+def test_extra_domain_is_capped(tmp_path, sources, headers, monkeypatch):
+    corpus = data.load(tiny(tmp_path))
+    monkeypatch.setattr(data, "EXTRA_MB", 0.004)
+    assert 2000 < sum(len(text_of(corpus, tokens)) for tokens in data.extra_domain("cpp", corpus)[:2]) < 4800
+
+
+def test_extra_domain_that_cannot_be(tmp_path, sources, headers, monkeypatch):
+    corpus = data.load(tiny(tmp_path))
+    user_error(lambda: data.extra_domain("java", corpus), "java", "choose from cpp")
+    monkeypatch.setattr(data, "write_tokens", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.extra_domain("cpp", corpus)
+    assert not list(corpus.folder.glob("extra*"))  # a crash leaves nothing
+    (corpus.folder / "extra_cpp").mkdir()
+    user_error(lambda: data.extra_domain("cpp", corpus), "extra_cpp", "delete it")
+    (corpus.folder / "extra_cpp").rmdir()
+    for path in headers.rglob("*.h"):
+        path.unlink()
+    user_error(lambda: data.extra_domain("cpp", corpus), headers / "include", "install torch")
