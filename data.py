@@ -550,7 +550,7 @@ def extra_domain(name, corpus):
     """A domain beside those of the corpus, in the corpus's own vocabulary: cpp, C++ headers with their comments.
 
     -> train, validation tokens (np.memmap uint16, together 2 to 3M), fingerprint: torch's versions differ in
-    their headers. Split by file, exact duplicates removed. Kept in corpus.folder/extra_<name>, which appears when whole.
+    their headers. Split by file, exact duplicates removed. Kept in corpus.folder/extra_<name>, there when whole.
     """
     if name != "cpp":
         raise UserError(f"{name}: no such extra domain; choose from cpp")
