@@ -35,6 +35,32 @@ class EffectsConfig:
 PRESETS = {"gpu": {}, "cpu": {}, "debug": {}}
 
 
+# HERE
+def softmax_head(z, label):
+    """The classifier that Arch-Router replaces: logistic regression on summaries z [n, d], label [n] -> mean, W, b. It
+    knows the classes that it was trained on, and no others."""
+    n_classes, mean, scale = int(label.max()) + 1, z.mean(0), z.std(0) + 1e-6
+    z = (z - mean) / scale
+    weight = torch.zeros(z.shape[1], n_classes, device=z.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=z.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(z @ weight + bias, label) + 1e-3 * weight.square().sum()
+        loss.backward()
+        return loss
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return mean, scale, weight.detach(), bias.detach()
+
+
+def head_choices(head, z):
+    """-> which class [...], z [..., d]"""
+    mean, scale, weight, bias = head
+    return ((z - mean) / scale @ weight + bias).argmax(-1)
+
+
 def main(argv=None):
     config = parse_config(EffectsConfig, argv, PRESETS)
     names = config.name.split(",") if config.name else list(EFFECTS)
