@@ -120,7 +120,7 @@ class Tryage(Planned):
     @torch.no_grad()
     def pattern_losses(self, model, library, x, y):
         """-> [B, T, P]: each token's loss where all tokens take the pattern"""
-        choices = torch.where(library, BIG, self.cheap)
+        choices = torch.where(library, BIG, self.cheap).tolist()
         return torch.stack([model(x, pattern, y, reduction="none")[1] for pattern in choices], -1)
 
     def prepare(self, model, batch, config, budget):
@@ -269,7 +269,7 @@ class Glider(Router):
     def __init__(self, shape, config, share, rng):
         super().__init__(shape, 0, config.choices, share, rng, learns="linear")
         self.every = max(1, shape.block_size // 8)
-        self.register_buffer("s", torch.tensor(1.0))
+        self.register_buffer("s", torch.tensor(4.0))  # the paper's are 3 to 1000; effects.py sweeps it
         self.register_buffer("prototype", torch.zeros(MOST, shape.n_embd))
         self.register_buffer("profile", torch.zeros(MOST, shape.n_layer))  # unused rows: 0
         self.register_buffer("centre", torch.zeros(shape.n_embd))

@@ -1,13 +1,19 @@
 """zoo.py: each system on a planted problem that its idea solves; causal, exact while decoding, on budget."""
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
-from test_router import DEBUG, FLAGGED, planted_batch, planted_model
+from conftest import user_error
+from test_router import DEBUG, FLAGGED, TINY, planted_batch, planted_model
+from test_train import write_texts
 
+import data
 import effects
+import gates
 import router
+import train
 import zoo
 from common import UserError
 from gates import GAIN_UNIT
@@ -309,3 +315,51 @@ def test_glider_needs_both_scores(tmp_path):
     centered = spread()
     made.centre.zero_()
     assert centered > 3 * spread()
+
+
+def test_glider_compiles_as_the_linear_router_does():
+    model, made = prompt_model(), router.new_router(prompt_model().config, LEARN, "glider", (1, None))
+    x, y, _ = prompt_batch(1)
+    tau, alpha = torch.tensor(1.0), torch.tensor(3.0)
+    fast = torch.compile(gates.mixed_loss, backend=lambda graph, inputs: graph.forward, fullgraph=True, dynamic=False)
+    losses = [mixed(model, made, False, x, y, None, tau, alpha, {BIG: torch.tensor(0.3)})[0]
+              for mixed in (gates.mixed_loss, fast)]
+    torch.testing.assert_close(*losses)
+
+
+# What effects.py measures of the three, on a run of its own: a folder of texts is one domain
+
+@pytest.fixture(scope="module")
+def prompt_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("effects")
+    write_texts(folder / "texts", n=200)
+    train.main([f"--{key}={value}" for key, value in TINY.items()] + [
+        f"--corpus={folder / 'texts'}", f"--data_dir={folder / 'data'}", f"--out_dir={folder / 'run'}"])
+    flags = ["--preset=debug", "--device=cpu", f"--data_dir={folder / 'data'}", f"--out_dir={folder / 'run'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "EXTRA_MB", 0.3)
+        user_error(lambda: effects.main([*flags, "--name=glider"]), "no glider router", "router.py --name=glider")
+        router.main([*flags, "--name=linear,tryage,arch,glider", "--budget=1,2"])
+        effects.main([*flags, "--name=tryage,arch,glider"])
+    return {line["system"]: line for line in json.loads((folder / "run" / "zoo.json").read_text())}
+
+
+def test_effects_of_prompt_routers(prompt_run):
+    for name in PROMPT:
+        line = prompt_run[name]
+        assert line["ci"][0] <= line["effect"] <= line["ci"][1] and line["verdict"] in ("holds", "fails", "undecided")
+        assert line["seeds"] == [1] and line["sequences"] > 1
+    tryage, arch, glider = (prompt_run[name]["detail"] for name in PROMPT)
+    assert [row["k"] for row in tryage["budgets"]] == [1, 2]
+    assert prompt_run["tryage"]["effect"] == pytest.approx(
+        sum(row["linear"] - row["tryage"] for row in tryage["budgets"]) / 2, abs=2e-3)
+    losses = [tryage["known"][key] for key in ("loss_oracle_in_library", "loss_best_pattern")]
+    assert losses[0] <= losses[1]
+    price = [row[0] for row in tryage["curve_price_budget_loss"]]
+    assert price == sorted(price, reverse=True)  # the dearer, the fewer BIG
+    assert arch["domains"] == ["text", "cpp"] and arch["chance"] == 0.5
+    assert arch["before"][1] == arch["softmax"][1] == 0  # neither knows cpp
+    assert prompt_run["arch"]["effect"] == pytest.approx(arch["after"][1] - 0.5, abs=1e-3)
+    assert len(glider["held_in"]) == len(glider["held_out"]) == len(glider["s"])
+    assert glider["cosines"][0] == [0]  # of one domain: it is its own centre
+    assert glider["gains_held_in"][0][0] == pytest.approx(glider["held_in"][0] - glider["held_in"][1], abs=5e-3)
