@@ -161,7 +161,7 @@ class LoRAMixer(Router):
         self.hooked = False
         if few:
             n = max(1, config.steps // 10)
-            self.register_buffer("text", torch.zeros(n, config.batch_size, T + 1, dtype=torch.int32))
+            self.register_buffer("text", torch.zeros(n, 2, config.batch_size, T, dtype=torch.int32))
             self.register_buffer("text_domain", torch.zeros(n, config.batch_size, dtype=torch.int64))
 
     def prepare(self, model, batch, config, budget):
@@ -169,7 +169,7 @@ class LoRAMixer(Router):
             self.domains.fill_(1 + max(batch(-1 - i)[2].max() for i in range(20)))
         for i in range(len(self.text) if self.few else 0):
             x, y, self.text_domain[i] = batch(-1 - i)
-            self.text[i] = torch.cat((x, y[:, -1:]), 1)
+            self.text[i] = torch.stack((x, y))
 
     def add(self, layer, which, module, args, y):
         """A forward hook of qkv (which=0) and out (1): row by row, so it also holds for a sorted part of the tokens."""
@@ -204,8 +204,7 @@ class LoRAMixer(Router):
 
     def step_loss(self, model, config, budget, x, y, domain, step):
         if self.few:  # a tenth of the sequences, again and again
-            text, domain = self.text[step % len(self.text)].long(), self.text_domain[step % len(self.text)]
-            x, y = text[:, :-1], text[:, 1:]
+            (x, y), domain = self.text[step % len(self.text)].long(), self.text_domain[step % len(self.text)]
         if self.experts > 1 and step < config.steps // 2:
             expert, owners = torch.arange(self.experts, device=x.device), self.domains.clamp(max=self.experts)
             owned = ((expert - domain.unsqueeze(1)) % owners == 0).float()  # [B, E]

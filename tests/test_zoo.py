@@ -164,15 +164,16 @@ def test_a_shift_is_recovered_after_the_first_chunk(tmp_path):
     made = router.train_router(model, config, "rewire", budget, lambda step: shift_batch(0, seed=step),
                                tmp_path / "x.pt", "hash")
     router.calibrate(model, made, shift_batch(0, seed=10 ** 6)[0], budget)
-    losses = {}
+    losses, spent = {}, {}
     for kind in (0, 1):
         for rate in (0.0, made.rate):
             made.rate = rate
             idx, targets, _ = shift_batch(kind, seed=10 ** 6 + 1)
             route, loss = router.choose(model, made, idx, targets)
             losses[kind, rate > 0] = loss[:, ::2].view(len(idx), -1, made.every // 2).mean((0, 2))  # by chunk
-            assert (route == BIG).float().sum(-1).mean() == pytest.approx(1, abs=0.1)
-    print(losses)
+            spent[kind, rate > 0] = (route == BIG).float().sum(-1).mean().item()
+    for kind in (0, 1):
+        assert spent[kind, True] == pytest.approx(spent[kind, False], abs=0.15)
     best, worst = losses[0, False].max(), losses[1, False].min()
     assert worst > best + 0.5
     assert losses[1, True][0] > worst - 0.01 and losses[1, True][1:].max() < best + 0.1
@@ -228,12 +229,11 @@ def test_domains_that_need_opposite_corrections(tmp_path):
         made = router.train_router(model, config, name, (0.5, None), opposite_batch, tmp_path / f"{name}.pt", "hash")
         idx, targets, domain = opposite_batch(10 ** 6)
         losses[name] = router.choose(model, made, idx, targets)[1].mean().item()
-    print(losses)
     sizes = [sum(p.numel() for key, p in router.new_router(SHAPE, config, name, (1, None)).named_parameters()
                  if key != "gate") for name in ("lora_single", "lora_mixer")]
     assert sizes[0] == sizes[1]
-    assert losses["lora_single"] > 0.6 and losses["linear"] > 0.6  # log 2, a coin
-    assert losses["lora_mixer"] < 0.3 and losses["lora_mixer_few"] < 0.4
+    assert min(losses["lora_single"], losses["linear"]) > 0.5  # log 2 = 0.69 is a coin's; RMSNorm helps a little
+    assert max(losses["lora_mixer"], losses["lora_mixer_few"]) < 0.2
 
 
 def test_lora_by_hand(model, text):
