@@ -302,3 +302,18 @@ def test_sample_and_bench_run_it(model, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bench, "routed_model", lambda config, device: (model, made, idx))
     rows = bench.bench_router(SimpleNamespace(preset="debug", router="x.pt"), torch.device("cpu"))
     assert [row["what"] for row in rows] == [f"prefill 2 x {T}", "decode, batch 2"]
+
+
+def test_rewire_learns_compiled_in_one_graph(model, text, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    fast = torch.compile(gates.mixed_loss, backend=backend, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(gates, "compiled_mixed_loss", lambda: fast)
+    made, domain = router.new_router(SHAPE, DEBUG, "rewire_prose", (1, None)), torch.tensor([0, 1, 1, 1])
+    with made.attached(model):
+        values = [made.step_loss(model, dataclasses.replace(DEBUG, compile=flag), (1, None), *text, domain, step)[0]
+                  for step in (0, 1) for flag in ("off", "on")]
+    assert values[0] == values[1] and values[2] == values[3] and len(graphs) == 1
