@@ -242,6 +242,7 @@ def main(argv=None):
     else:
         steps = generate(model, torch.tensor([ids], device=device), config.tokens, route, pick)
         n_big, flops = write_stream(model, prompt, steps, encoding, sys.stdout)
+        flops += route.flops() if config.router else 0  # what deciding cost, and LoRAs or adapting
         line = (f"{config.tokens} tokens, {n_big:.2f} BIG per token, {flops / model.flops(BIG):.2f} of all-big's FLOPs"
                 f", {config.tokens / (time.time() - start):.0f} tokens/s")
     sys.stdout.flush()  # so that the line comes last where both streams go to one file
