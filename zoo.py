@@ -138,7 +138,7 @@ class LoRAMixer(Router):
         loss = CE + budget + a E sum_e mean(p_e) share_e - lambda mean entropy(p)      (share_e: of the tokens' top 1)
 
     First half of the steps: alpha is given, a domain owns its experts (they share it evenly). Second half: p is learned
-    and fuses softly; the experts learn on (the paper's joint regime; frozen ones were 0.004 nats worse here). The last
+    and fuses softly; the experts learn on (the paper's joint regime; freezing them then did not help here). The last
     two terms are the Specialization Balance Loss: SBL+, as typeset, rewards entropy; the paper's text wants few experts
     per token, so SBL- (lambda < 0) punishes it.
     """
