@@ -9,6 +9,7 @@ FLOPs?), `oracle` (the prefix tree against naive enumeration), `router` (choices
 Variants that are compared are timed in turns, round by round; the figures are medians and their ratios. Compilation and
 warm-up are left out. Tokens and weights are random: time does not depend on them (but for --router, which are real).
 """
+import copy
 import importlib.util
 import json
 import sys
@@ -326,6 +327,13 @@ def bench_router(bench, device):
     _, prefills, batches = ROUTER_SHAPES[bench.preset]
     rows, longest = [], text.shape[1]
 
+    def routed(function):
+        """-> the function, called where the model is what the router routes (which may add LoRAs, or read it)"""
+        def call():
+            with router.attached(model):
+                return function()
+        return call
+
     def row(what, n_tokens, variants, route, context):
         ms = measure(variants, device)
         flops = model.flops(route, context).double().mean().item() + router.flops()
@@ -339,10 +347,10 @@ def bench_router(bench, device):
         x = text.repeat(-(-B // len(text)), 1)[:B, :T].contiguous()
         if not bench.router:  # a small batch of random text is not yet at k
             calibrate(model, router, x, (model.config.n_layer / 3, None))
-        route = model(x, router, return_stats=True)[2]["route"]
+        route = routed(lambda: model(x, router, return_stats=True)[2]["route"])()
         counts = counts_of(route)
-        variants = {"all-big": lambda: model(x, BIG), "routed": lambda: model(x, router),
-                    "known": lambda: model(x, route, counts=counts)}
+        variants = {"all-big": lambda: model(x, BIG), "routed": routed(lambda: model(x, router)),
+                    "known": routed(lambda: model(x, route, counts=counts))}
         if device.type == "cuda":
             fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
             variants["all-big, compiled"] = lambda: fast(x, BIG)
@@ -352,19 +360,20 @@ def bench_router(bench, device):
     for B in batches:
         x = text.repeat(-(-B // len(text)), 1)[:B, :2 * n]
         cache = KVCache(model.config, B, device, model.compute_dtype)
-        model(x[:, :n], BIG, cache=cache)
+        routed(lambda x=x, cache=cache: model(x[:, :n], router, cache=cache))()
+        known = copy.deepcopy(cache.seq)  # what the router keeps of the prompt
 
         def decode(step):
             """step: i, token [B, 1] -> what the model gives"""
-            cache.length, cache.seq = n, {"idx": x[:, :n]}
+            cache.length, cache.seq = n, copy.deepcopy(known)
             return [step(i, x[:, n + i:n + i + 1]) for i in range(n)]
         routes = [stats["route"] for _, _, stats in
-                  decode(lambda _, new: model(new, router, cache=cache, return_stats=True))]
+                  routed(lambda: decode(lambda _, new: model(new, router, cache=cache, return_stats=True)))()]
         counts = [counts_of(route) for route in routes]
         row(f"decode, batch {B}", B * n, {
             "all-big": lambda: decode(lambda _, new: model(new, BIG, cache=cache)),
-            "routed": lambda: decode(lambda _, new: model(new, router, cache=cache)),
-            "known": lambda: decode(lambda i, new: model(new, routes[i], cache=cache, counts=counts[i]))},
+            "routed": routed(lambda: decode(lambda _, new: model(new, router, cache=cache))),
+            "known": routed(lambda: decode(lambda i, new: model(new, routes[i], cache=cache, counts=counts[i])))},
             torch.cat(routes, 1), n + n // 2)
     return rows
 

@@ -9,6 +9,7 @@
 Text goes to stdout as it comes; the last line, with the cost and the speed, goes to stderr.
 """
 import codecs
+import contextlib
 import itertools
 import os
 import re
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import data
 from common import UserError, arg, find_device, generator, load_run, parse_config, run
+from gates import Router
 from model import BIG, SMALL, KVCache
 from oracle import file_hash
 from router import load_router
@@ -61,6 +63,12 @@ def generate(model, idx, n, route, pick):
     idx [B, T]: the prompt, at least one token. route: an int, a pattern [L], one pattern per sequence [B, 1, L] (or
     [B, 1, 1]), or a router. pick: logits [B, V] -> token [B]. The text may outgrow block_size: see below.
     """
+    with route.attached(model) if isinstance(route, Router) else contextlib.nullcontext():
+        yield from generate_attached(model, idx, n, route, pick)
+
+
+def generate_attached(model, idx, n, route, pick):
+    """generate, where the model is already what the router routes."""
     block_size, L = model.config.block_size, model.config.n_layer
     cache = KVCache(model.config, len(idx), idx.device, model.compute_dtype)
     new = idx[:, -block_size:]
@@ -234,6 +242,7 @@ def main(argv=None):
     else:
         steps = generate(model, torch.tensor([ids], device=device), config.tokens, route, pick)
         n_big, flops = write_stream(model, prompt, steps, encoding, sys.stdout)
+        flops += route.flops() if config.router else 0  # what deciding cost, and LoRAs or adapting
         line = (f"{config.tokens} tokens, {n_big:.2f} BIG per token, {flops / model.flops(BIG):.2f} of all-big's FLOPs"
                 f", {config.tokens / (time.time() - start):.0f} tokens/s")
     sys.stdout.flush()  # so that the line comes last where both streams go to one file
