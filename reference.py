@@ -6,7 +6,8 @@
     python reference.py --only=collect     from the runs to findings.json (over base seeds) and ablations.json
 
 It is a plain list of this project's own commands. A step that trains needs only the steps of its own name's first
-part (scale also those of seed1, seed2 and seed3), so seed1, seed2, seed3, joint, dense and skip may run side by side. A step that is cut off goes on by the
+part (scale also those of seed1, seed2 and seed3), so seed1, seed2, seed3, joint, dense and skip may run side by
+side. A step that is cut off goes on by the
 same command, for each of these scripts resumes; its output is in <out_dir>/logs/<step>.log.
 
 Files under --out_dir: steps.json, {step: {command, minutes, device, commit, torch}}; findings.json, each claim with its
@@ -155,8 +156,8 @@ def fig8(config, device):
 
 
 def scale(config):
-    """The gain over all-BIG, nats, of the oracle and of the expected-loss oracle (what could be foreseen), for each size:
-    dp, frozen context, at a sixth, a third and half of the layers BIG."""
+    """The gain over all-BIG, nats, of the oracle and of the expected-loss oracle (what could be foreseen), for each
+    size: dp, frozen context, at a sixth, a third and half of the layers BIG."""
     found = []
     for name in ("seed", *(f"{size}_seed" for size in SIZES)):
         for seed in SEEDS:

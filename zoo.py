@@ -8,8 +8,8 @@
     rewire                       learns on at test time               Rewiring Experts on the Fly, arXiv 2510.14853
     lora_mixer                   routed LoRAs on attention            LoRA-Mixer, arXiv 2507.00029
 
-`python router.py --name=rmoe --budget=4` trains one as any other router; effects.py measures what its paper claims. Each
-stands here with its equation above the code, what deviates from the paper, and its controls.
+`python router.py --name=rmoe --budget=4` trains one as any other router; effects.py measures what its paper claims.
+Each stands here with its equation above the code, what deviates from the paper, and its controls.
 """
 import contextlib
 import functools
@@ -252,6 +252,7 @@ class Tryage(Planned):
     head 1, learns that raw loss; it decides nothing.) The budget plays no part in training: one head serves them all.
     Deviations: it decides per token; MLPs on token embeddings in the place of a language model.
     """
+    serves_all_budgets = True
 
     def __init__(self, shape, config, share, rng):
         super().__init__(shape, config, "patterns' losses")

@@ -24,6 +24,15 @@ def intervals_of_few():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    """torch.compile counts how often a function was compiled anew, and gives up after some times: in all tests together.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def user_error(call, *parts):
     """call() must raise a UserError of one line that holds all parts -> the line"""
     with pytest.raises(UserError) as caught:
