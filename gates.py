@@ -30,6 +30,8 @@ class Router(nn.Module):
     BIG that is asked for: by seq["asked"] [B] while training, by the buffer `asked` afterwards. learns: linear (soft
     mix), gumbel, distilled or advantage."""
 
+    serves_all_budgets = False  # True: what it learns does not depend on the budget, only its calibration does
+
     def __init__(self, shape, hidden, choices, share, rng, told=False, learns="gumbel"):
         super().__init__()
         self.learns = learns

@@ -649,11 +649,13 @@ def main(argv=None):
     if not load_patterns(r)[0]:
         print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
 
-    batch = training_text(r, config)
+    batch, learned = training_text(r, config), {}
     with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
               mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
         for own, name, budget in jobs:
             path = folder / f"{stem(name, budget, own.choices, own.seed)}.pt"
+            if (own.choices, own.seed, name) in learned and not path.exists():  # only its calibration is to be done
+                save_checkpoint(path, learned[own.choices, own.seed, name] | {"budget": budget})
             try:
                 router = train_router(r.fast, own, name, budget, batch, path, r.checkpoint, bar)
             except torch.OutOfMemoryError:
@@ -662,7 +664,11 @@ def main(argv=None):
                 bar.close()
                 print(f"interrupted: {path} is saved; the same command goes on")
                 return 130
-            calibrate_and_evaluate(r, own, router, path, load_checkpoint(path, r.device), windows)
+            saved = load_checkpoint(path, r.device)
+            if router.serves_all_budgets:
+                learned[own.choices, own.seed, name] = {key: saved[key] for key in saved if key != "calibration"} | {
+                    "router": saved["router"] | {"shift": torch.zeros(3)}}
+            calibrate_and_evaluate(r, own, router, path, saved, windows)
     report(r, windows)
 
 

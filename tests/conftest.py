@@ -26,8 +26,7 @@ def intervals_of_few():
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
-    """torch.compile counts how often a function was compiled anew, and gives up after some times: in all tests together.
-    """
+    """torch.compile counts how often a function is compiled anew, in all tests together, and then gives up."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
