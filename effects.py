@@ -768,7 +768,6 @@ def main(argv=None):
             raise UserError(f"--name={name}: no such system; choose from {', '.join(EFFECTS)}")
     r, _, windows = router.start(config)
     path = Path(config.out_dir) / "zoo.json"
-    found = {line["system"]: line for line in json.loads(path.read_text())} if path.exists() else {}
     for name in names:
         try:
             line = EFFECTS[name](r, windows, config)
@@ -780,10 +779,12 @@ def main(argv=None):
         line |= {"system": name, "command": f"python effects.py --name={name}", "checkpoint": r.checkpoint,
                  "torch": torch.__version__,
                  "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu"}
-        found[name] = claims.without_nan(line)
+        # Read late: effects of other systems may be measured at the same time.
+        others = json.loads(path.read_text()) if path.exists() else []
+        found = [other for other in others if other["system"] != name] + [claims.without_nan(line)]
         print(f"{name}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
               f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f}) {line['unit']}")
-        write_atomic(path, json.dumps(list(found.values()), indent=1).encode())
+        write_atomic(path, json.dumps(found, indent=1).encode())
 
 
 if __name__ == "__main__":
