@@ -48,6 +48,7 @@ PATTERN = (r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++|[\r\n]{1,2
            r"|\s{1,256}+")
 HEADER = struct.Struct("<8sQ32sQ")  # magic, version, sha256 of tokenizer.json, number of tokens
 MAGIC, VERSION = b"nanoduo\0", 1
+ADOPTED = "llama-"  # begins the name of a pretrained model's tokenizer, which retrofit.py keeps in data_dir
 SPLIT_RULE = 1  # raise it when choose_validation or extract changes: it is part of the fingerprint
 VAL_SHARE, VAL_LEAST, VAL_MOST = 0.04, 0.02, 0.2
 BPE_SAMPLE = 30_000_000  # bytes of training text: more changes hardly any merge
@@ -343,15 +344,16 @@ def gpt2_bpe():
     return sorted(gpt2._mergeable_ranks, key=gpt2._mergeable_ranks.get), gpt2._pat_str
 
 
-def tokenizer_json(ranks, pattern):
-    ranks = [base64.b64encode(token).decode() for token in ranks]
-    return json.dumps({"pattern": pattern, "special": {EOT: len(ranks)}, "ranks": ranks}, indent=0).encode()
+def tokenizer_json(ranks, pattern, special=None):
+    """list of byte strings by id, None where the id is of `special`, {name: id}; else <|endoftext|> comes last."""
+    ranks = [None if token is None else base64.b64encode(token).decode() for token in ranks]
+    return json.dumps({"pattern": pattern, "special": special or {EOT: len(ranks)}, "ranks": ranks}, indent=0).encode()
 
 
 def read_tokenizer(data):
     """The bytes of tokenizer.json -> tiktoken.Encoding."""
     saved = json.loads(data)
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"])}
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["ranks"]) if token is not None}
     return tiktoken.Encoding("nanoduo", pat_str=saved["pattern"], mergeable_ranks=ranks,
                              special_tokens=saved["special"])
 
@@ -406,7 +408,11 @@ def read_tokens(path, vocab_hash):
 def prepare(corpus="python", tokenizer="bpe", vocab_size=4096, corpus_mb=0, data_dir="data"):
     """-> Path of the prepared corpus; it is prepared now if it is not there. The folder appears under its name only
     when it is whole. Raises UserError for bad values, a missing or unsuitable text, a failed download."""
-    if tokenizer not in ("bpe", "gpt2"):
+    adopted = tokenizer.startswith(ADOPTED)
+    if adopted and not (Path(data_dir) / f"{tokenizer}.json").is_file():
+        raise UserError(f"--tokenizer={tokenizer}: {data_dir} has no {tokenizer}.json; give the --data_dir of the run, "
+                        "or copy the run's tokenizer.json there under that name")
+    if tokenizer not in ("bpe", "gpt2") and not adopted:
         raise UserError(f"--tokenizer={tokenizer}: choose bpe or gpt2")
     if tokenizer == "bpe" and not 257 <= vocab_size <= 65535:
         raise UserError(f"--vocab_size={vocab_size}: choose from 257 (the bytes and {EOT}) to 65535 (16 bits a token)")
@@ -469,6 +475,8 @@ def build(folder, name, flag, documents, left_out, tokenizer, vocab_size):
 
     if tokenizer == "gpt2":
         saved = tokenizer_json(*gpt2_bpe())
+    elif tokenizer != "bpe":
+        saved = (folder.parent / f"{tokenizer}.json").read_bytes()
     else:  # on training text only; of a big corpus the same share of each domain
         share = min(1, BPE_SAMPLE / total)
         samples = [splits["train", domain][:max(1, int(share * len(splits["train", domain])))] for domain in domains]
@@ -499,7 +507,7 @@ class Corpus:
     val: dict
     encoding: tiktoken.Encoding
     vocab_size: int
-    token_bytes: np.ndarray  # [V] int64: bytes of text that a token stands for; 0 for <|endoftext|>
+    token_bytes: np.ndarray  # [V] int64: bytes of text that a token stands for; 0 for <|endoftext|> and its like
     fingerprint: str
     eot: int
     counts: dict  # {"train_code": {"documents": , "bytes": , "tokens": }, ...}
@@ -527,7 +535,8 @@ def load(folder):
     vocab_hash = sha256(data["tokenizer.json"])
     train = {domain: read_tokens(folder / f"train_{domain}.bin", vocab_hash) for domain in domains}
     val = {domain: read_tokens(folder / f"val_{domain}.bin", vocab_hash) for domain in domains}
-    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(vocab_size - 1)] + [0]
+    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    lengths = [0 if i in special else len(encoding.decode_single_token_bytes(i)) for i in range(vocab_size)]
     return Corpus(folder, name, domains, train, val, encoding, vocab_size, np.array(lengths, np.int64), fingerprint,
                   encoding.eot_token, counts, left_out)
 

@@ -34,6 +34,7 @@ class DuoConfig:
     vocab_size: int = 4096
     big_width: int = 0  # inner width of the BIG FFN; 0: 4 * n_embd, as in the paper
     small_width: int = 0  # inner width of the SMALL FFN; 0: a sixteenth of the big one, as in the paper
+    rope_theta: float = 10000.0  # base of the rotary angles; a pretrained checkpoint may have another
 
     def __post_init__(self):
         self.big_width = self.big_width or 4 * self.n_embd
@@ -312,9 +313,10 @@ class DuoGPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # also the read-out (tied)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = RMSNorm(config.n_embd)
-        # Angles of the rotary positions: position * 10000^(-2i/D)
+        # Angles of the rotary positions: position * theta^(-2i/D)
         half = config.n_embd // config.n_head // 2
-        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))  # [T, D/2]
+        frequency = config.rope_theta ** (-torch.arange(half) / half)
+        angle = torch.outer(torch.arange(config.block_size), frequency)  # [T, D/2]
         self.register_buffer("cos", angle.cos()[None, :, None], persistent=False)  # [1, T, 1, D/2]
         self.register_buffer("sin", angle.sin()[None, :, None], persistent=False)
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import retrofit
 from common import (
     UserError,
     append_jsonl,
@@ -53,6 +54,7 @@ class TrainConfig:
     seed: int = arg(1, "seeds init, data order, routing and evaluation, each a stream of its own")
     preset: str = arg("auto", "cpu, gpu or debug; auto takes gpu where there is one. Flags given beside it win")
     resume: bool = arg(False, "go on from out_dir/ckpt.pt")
+    init_from: str = arg("", "folder of a pretrained Llama (Hugging Face's files): it is BIG and frozen, SMALL learns")
     # data
     corpus: str = arg("python", "python (installed source), tinyshakespeare, tinystories, or a path to text")
     corpus_mb: int = arg(0, "keep only so many MB of the python corpus, 0 for all")
@@ -115,6 +117,9 @@ def check(config, world):
     for name, allowed in (("train_route", ("random", "big", "big_then_small")), ("compile", ("auto", "on", "off"))):
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name}={getattr(config, name)}: choose from {', '.join(allowed)}")
+    if config.init_from and config.train_route != "random":
+        raise UserError(f"--train_route={config.train_route}: with --init_from BIG is frozen and SMALL learns beside "
+                        "it, under random routing; leave it out")
     model_shape(config, 64)  # before the corpus is prepared, which takes a while
     if config.batch_size % world:
         raise UserError(f"--batch_size={config.batch_size}: must be a multiple of the {world} processes")
@@ -152,9 +157,10 @@ def learning_rate(config, step):
 
 def freeze(model, config, step):
     """While all tokens are routed to BIG, the SMALL FFNs stay as they are; in the second phase of big_then_small they
-    alone learn (paper, section 3.1, the ablation of Fig. 8)."""
+    alone learn (paper, section 3.1, the ablation of Fig. 8), and so they do beside a pretrained model (appendix A)."""
     kind = phase(config, step)[0]
-    small_learns, rest_learns = kind != "big", kind == "big" or config.train_route != "big_then_small"
+    small_learns = kind != "big"
+    rest_learns = kind == "big" or config.train_route != "big_then_small" and not config.init_from
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(small_learns if ".small." in name else rest_learns)
 
@@ -315,7 +321,7 @@ def start_or_resume(config, model, optimizer, corpus, device, first=True, router
         if not config.resume:
             raise UserError(f"{path}: a run is here already; go on with it by --resume, or choose another --out_dir")
         checkpoint = load_checkpoint(path, device)
-        now, then = dataclasses.asdict(config), checkpoint["train_config"]
+        now, then = dataclasses.asdict(config), {"init_from": ""} | checkpoint["train_config"]  # older runs lack it
         for name in now:
             if name not in FREE and now[name] != then.get(name):
                 raise UserError(f"{path}: was trained with --{name}={then.get(name)}, not {now[name]}; give the same "
@@ -350,6 +356,11 @@ def train(config, joint=None):
 
     joint: model -> a router.Joint, which then routes, and whose router learns along (router.py --joint)."""
     rank, world = join_processes(config)
+    if config.init_from:
+        if joint:
+            raise UserError(f"--init_from={config.init_from}: not with --joint, which trains the base too; make the "
+                            "run with train.py, then train routers on it without --joint")
+        pretrained, taken = retrofit.adopt(config)
     check(config, world)
     config.train_route = "router" if joint else config.train_route
     device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and config.device in ("auto", "cuda")
@@ -370,8 +381,11 @@ def train(config, joint=None):
                             f"context; give more text, or a --block_size below {len(tokens)}")
 
     # A vocabulary of a multiple of 64 keeps the read-out's matrix shapes fast; the entries added are never targets.
-    model_config = model_shape(config, -(-corpus.vocab_size // 64) * 64)
-    model = DuoGPT(model_config).init_weights(generator("cpu", config.seed, "init")).to(device)
+    model_config = pretrained if config.init_from else model_shape(config, -(-corpus.vocab_size // 64) * 64)
+    model = DuoGPT(model_config).init_weights(generator("cpu", config.seed, "init"))
+    if config.init_from and not (folder / "ckpt.pt").exists():  # else the weights come from there
+        retrofit.load_weights(model, config.init_from)
+    model = model.to(device)
     model.compute_dtype, why = compute_dtype(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
@@ -387,7 +401,7 @@ def train(config, joint=None):
     step = start_or_resume(config, model, optimizer, corpus, device, first, router)
 
     say(" ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
-    say(model.parameter_table())
+    say(*([taken] if config.init_from else []), model.parameter_table(), sep="\n")
     say(f"device {device}, processes {world}, activations {model.compute_dtype} ({why})")
     say(f"corpus {corpus.name}, fingerprint {corpus.fingerprint}")
     if step >= config.max_steps:
