@@ -381,10 +381,10 @@ def bench_router(bench, device):
 def show(part, rows):
     """Print the rows as a table, and the kernels where they were recorded."""
     print(f"\n{part}")
-    keys = [key for key in rows[0] if key != "kernels"]
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "kernels"]
     lines = [keys]
     for row in rows:
-        values = [row[key] for key in keys]
+        values = [row.get(key, "") for key in keys]  # a variant may be there for some rows only
         lines.append([(f"{v:,.0f}" if v >= 1000 else f"{v:.3g}") if isinstance(v, float) else str(v) for v in values])
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
     for line in lines:
@@ -418,9 +418,9 @@ def main(argv=None):
     for part in chosen:
         torch.compiler.reset()
         result[part] = parts[part](bench, device)
+        if bench.save:  # before anything is shown: what was measured is not lost
+            write_atomic(bench.save, json.dumps(result, indent=1).encode())
         show(part, result[part])
-    if bench.save:
-        write_atomic(bench.save, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

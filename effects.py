@@ -286,7 +286,8 @@ def early_learning(r, windows, config, k, seed):
     agreed = {share: diagnosis.agreement(routes, seen[1.0]) for share, routes in seen.items()}
     return {"share_of_training": list(agreed), "steps": [round(share * own.steps) for share in agreed],
             "agreement": [a for a, _ in agreed.values()], "by_chance": [b for _, b in agreed.values()],
-            "of_the_way": [(a - b) / (1 - b) for a, b in agreed.values()], "sequences": len(some)}
+            "of_the_way": [(a - b) / (1 - b) if b < 1 else float("nan") for a, b in agreed.values()],
+            "sequences": len(some)}
 
 
 @torch.no_grad()

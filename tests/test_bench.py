@@ -64,6 +64,13 @@ def test_flops_saved_by_a_router(monkeypatch):
         assert 0 < row["big"] < 2
 
 
+def test_rows_need_not_have_the_same_columns(capsys):
+    """On a GPU all-big is timed compiled as well, but for prefill only."""
+    bench.show("router", [{"what": "prefill", "us": 1.0, "us, compiled": 0.5}, {"what": "decode", "us": 2.0}])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[3:]] == [["prefill", "1", "0.5"],
+                                                                                  ["decode", "2"]]
+
+
 def test_counts_of_a_route():
     route = torch.tensor([[[0, 2], [1, 2], [2, 2]]])
     assert bench.counts_of(route) == [(1, 1, 1), (0, 0, 3)]
