@@ -1,4 +1,4 @@
-"""Make README's tables and picture from the files in this folder: python results/make.py
+"""Make the tables of README.md and ZOO.md, and README's picture, from the files here: python results/make.py
 
 The tables stand between <!-- table: name --> and <!-- end -->; tests/test_readme.py checks that they are up to date.
 """
@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, ZOO = HERE.parent / "README.md", HERE.parent / "ZOO.md"
 sys.path.insert(0, str(HERE.parent))
 
 
@@ -156,16 +156,64 @@ def findings():
                      for id, line in runs[1].items()])
 
 
+PAPER_ROUTERS = ("linear", "gumbel", "mlp", "advantage", "distilled")
+
+
+def router_rows(domain="all"):
+    """-> {(name, k): row} of the H100's run, averaged over router seeds"""
+    rows = json.loads((HERE / "h100_routers.json").read_text())["rows"]
+    return {(row["name"], row["budget"]): row for row in rows if row["domain"] == domain}
+
+
+def share(part):
+    return "{:.1%} ({:.1%} to {:.1%})".format(*part)
+
+
 def routers():
-    """Routers of the H100's run, both domains: what they spend, and their loss against baselines at that spending."""
-    rows = [row for row in json.loads((HERE / "h100_routers.json").read_text())["rows"] if row["domain"] == "all"]
-    order = ("mlp", "linear", "gumbel", "advantage", "distilled")
-    return markdown(["router", "k", "BIG", "loss", "minus best fixed", "minus best of 100", "minus all-big",
+    """The five kinds, both domains: what they spend, and their loss against baselines at that spending."""
+    rows = sorted((row for row in router_rows().values() if row["name"] in PAPER_ROUTERS),
+                  key=lambda row: (row["budget"], row["loss"]))
+    return markdown(["router", "k", "seeds", "BIG", "loss", "minus best fixed", "minus best of 100", "minus all-big",
                      "recovered"],
-                    [[row["name"], f"{row['budget']:g}", f"{row['achieved']:.2f}", f"{row['loss']:.3f}",
+                    [[row["name"], f"{row['budget']:g}", len(row["seeds"]), f"{row['achieved']:.2f}",
+                      f"{row['loss']:.3f}",
                       *(cell(row["versus"][key], 4) for key in ("fixed", "best100_data_set", "all_big")),
-                      "{:.1%} ({:.1%} to {:.1%})".format(*row["recovered"])]
-                     for row in sorted(rows, key=lambda row: (row["budget"], order.index(row["name"])))])
+                      share(row["recovered"])] for row in rows])
+
+
+def zoo():
+    """All systems at k = 4 and 8, each domain minus the best fixed pattern at the same spending; linear and MLP beside.
+    """
+    code, prose, rows = router_rows("code"), router_rows("prose"), []
+    names = sorted({name for name, k in router_rows() if k == 4 and (name not in PAPER_ROUTERS or name in
+                                                                     ("linear", "mlp"))},
+                   key=lambda name: router_rows()[name, 4.0]["loss"])
+    for name in names:
+        both = router_rows()[name, 4.0]
+        deciding = both["router_flops"] / 1e6
+        rows.append([name, len(both["seeds"]), "0" if not deciding else f"{deciding:.2f}" if deciding < 100 else
+                     f"{deciding:,.0f}"])
+        for k in (4.0, 8.0):
+            rows[-1] += [cell(of[name, k]["versus"]["fixed"], 4) if (name, k) in of else "" for of in (code, prose)]
+        rows[-1].append(share(both["recovered"]))
+    return markdown(["system", "seeds", "MFLOP to decide", "code, k = 4", "prose, k = 4", "code, k = 8",
+                     "prose, k = 8", "recovered, k = 4"], rows)
+
+
+def effects():
+    """What each system's paper claims, measured: one H100 and a laptop."""
+    runs = [{line["system"]: line for line in json.loads((HERE / f"{name}_zoo.json").read_text())}
+            for name in ("h100", "cpu")]
+
+    def shown(line):
+        if line is None:
+            return "not measured"
+        n = len(line["seeds"]) if isinstance(line["seeds"], list) else line["seeds"]
+        return (f"{line['verdict']}, {cell((line['effect'], *line['ci']), 4)}, {line['sequences']} sequences, {n} "
+                f"seed{'s' * (n > 1)}")
+    return markdown(["system", "claim", "unit", "one H100", "laptop"],
+                    [[name, line["claim"], line["unit"], shown(runs[0].get(name)), shown(line)]
+                     for name, line in runs[1].items()])
 
 
 def joint(name):
@@ -221,15 +269,18 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
-          "findings": findings, "routers-h100": routers, "joint-cpu": lambda: joint("cpu_joint.json"),
+          "findings": findings, "routers-h100": routers, "zoo-h100": zoo, "effects": effects,
+          "joint-cpu": lambda: joint("cpu_joint.json"), "joint-h100": lambda: joint("h100_joint.json"),
           "any-cpu": lambda: any_budget("cpu_joint.json"),
           "router-time-cpu": lambda: router_time("cpu_router_bench.json"), "searches-cpu": searches}
 
 
 def fill(text):
-    """README's text -> the same with each table made anew."""
+    """A page's text -> the same with each of its tables made anew."""
     for name, make in TABLES.items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+        if start not in text:
+            continue
         before, rest = text.split(start)
         text = before + start + make() + "\n" + rest[rest.index(end):]
     return text
@@ -277,5 +328,6 @@ def draw():
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for page in (README, ZOO):
+        page.write_text(fill(page.read_text()))
     draw()
