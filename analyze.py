@@ -460,7 +460,8 @@ def draw(made, findings):
             lacking.append((title, str(error)))
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier state of the run
             continue
-        caption = " ".join([caption, *(in_words(line) for line in findings if line["id"] in ids)])
+        caption = " ".join([caption, *(in_words(line) for line in findings if line["id"] in ids
+                                       and line.get("router", "linear") in router.NAMES)])  # as in the figures
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=110)
         figure.savefig(svg, format="svg", dpi=110, transparent=True, metadata={"Date": None})
@@ -503,7 +504,8 @@ def explorer(made, n):
                 for i, name in enumerate(arrays["labels"]) if "-" not in str(name)}
     sequences = []
     for row in rows:
-        routers = sorted(made["routers"].items() if where is not None else [],
+        routers = sorted([(stem, arrays) for stem, arrays in made["routers"].items() if where is not None
+                          and not figures.is_control(figures.notes_of(arrays)["name"])],
                          key=lambda item: not item[0].startswith("linear"))  # the paper's first
         sequences.append({
             "domain": str(label["domains"][label["domain"][row]]), "start": made["words"][int(label["idx"][row, 0])],

@@ -31,7 +31,7 @@ def points(axis, x, rows, **style):
     axis.errorbar(x, middle, bars, **{"ls": "none", "ms": 6, "lw": 1.2, "capsize": 2} | style)
 
 
-def side_by_side(n, width=0.6):
+def side_by_side(n, width):
     """-> where n points stand beside each other, around 0"""
     return np.linspace(-width / 2, width / 2, n) if n > 1 else np.zeros(n)
 
@@ -47,7 +47,7 @@ def rmoe(line):
     label = {"rmoe_np": "rmoe_np: state not passed", "rmoe_detach": "rmoe_detach: its gradient cut"}
     figure, axes = grid_of(1, 2, height=3.6)
     for axis, key in zip(axes[0], ("minus_fixed", "mutual_information"), strict=True):
-        for name, shift in zip(kinds, side_by_side(len(kinds)), strict=True):
+        for name, shift in zip(kinds, side_by_side(len(kinds), 0.4), strict=True):
             points(axis, np.arange(len(budgets)) + shift, detail[key][name], label=label.get(name, name),
                    **style[name])
         axis.set_xticks(range(len(budgets)), [f"k={k:g}" for k in budgets])
@@ -55,7 +55,7 @@ def rmoe(line):
         axis.grid(axis="y")
     axes[0, 0].axhline(0, color=COLOUR["fixed"], ls="--", lw=1)
     axes[0, 0].set(ylabel="loss - best fixed's (nats per token)", title="(a) loss; dashed: the best fixed pattern")
-    axes[0, 1].set(ylabel="mutual information of two layers", title="(b) do layers know of each other's choices?")
+    axes[0, 1].set(ylabel="mutual information (nats)", title="(b) of two layers' choices, mean over all pairs")
     legend_below(figure, axes[0, 0], 3)
     both = ", ".join("seed {}: {:+.4f} ({:+.4f} to {:+.4f})".format(seed, *map(number, part))
                      for seed, part in detail["by_seed"].items())
@@ -80,7 +80,7 @@ def openmoe(line):
     axis.set_yticks(range(len(kinds)), kinds)
     axis.set(xlabel="share of the choices' entropy that it tells", xlim=(-0.06, 1),
              title=f"(a) what tells a router's choices? k={detail['budget']:g}")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.22), ncols=3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     axis.grid()
     axis = axes["B"]
     share = 100 * np.array(early["share_of_training"])
@@ -195,7 +195,7 @@ def rewire(line):
              "future": {"color": COLOUR["oracle"], "marker": "^", "ls": "-."}}
     label = {"own": "its own delta", "other": "another document's", "random": "random, of the same norm",
              "future": "learned on the future: a bound"}
-    figure, axes = grid_of(1, len(domains) + 1, height=3.8, width=4 + 3 * len(domains))
+    figure, axes = grid_of(1, len(domains) + 1, height=3.8, width=4 + 3 * len(domains), sharey=True)
     for axis, domain in zip(axes[0], domains, strict=False):
         for control, look in style.items():
             values = np.array(detail[domain]["by_chunk"][control], float)
@@ -221,15 +221,18 @@ def lora_mixer(line):
     routers = line["detail"]["routers"]
     names = [name for name in routers if not name.endswith("_few") and name != "lora_single"]
     names += [name.removesuffix("_few") for name in routers if name.endswith("_few") and name != "lora_single_few"]
-    names = need(list(dict.fromkeys(names)), "nothing to compare with lora_single", line["command"])
+    names = sorted(dict.fromkeys(names), key=lambda name: name == "linear")
+    need(names, "nothing to compare with lora_single", line["command"])
     means = {"lora_mixer": "lora_mixer\nthe paper's loss", "lora_sharp": "lora_sharp\nlow entropy",
              "lora_balance": "lora_balance\nbalance alone", "lora_budget": "lora_budget\nneither",
              "linear": "linear\nno LoRA"}
     figure, axes = grid_of(1, 1, height=3.6, width=8.5)
     axis = axes[0, 0]
+    if "linear" in routers:  # it has no LoRA, and learned from many
+        points(axis, [len(names) - 1], [routers["linear"]["minus_single"]], **OTHER | {"marker": "v"})
     for end, shift, style, label in (("", -0.1, OURS, "many sequences"),
                                      ("_few", 0.1, CONTROL | {"marker": "o"}, "few sequences")):
-        there = [i for i, name in enumerate(names) if name + end in routers]
+        there = [i for i, name in enumerate(names) if name + end in routers and name != "linear"]
         if there:
             points(axis, np.array(there) + shift, [routers[names[i] + end]["minus_single"] for i in there],
                    label=label, **style)
@@ -274,7 +277,7 @@ def draw(system, title, function, run):
     line = need(run["zoo"].get(system), f"zoo.json has no finding on {system} of this checkpoint", command)
     try:
         figure, text = function(line)
-        figure.suptitle(f"{title}: {line['verdict']}, {shown(line)}\n{line['unit']}; {better(system)}; "
+        figure.suptitle(f"{title} {line['verdict'].capitalize()}: {shown(line)}\n{line['unit']}; {better(system)}; "
                         f"{line['sequences']} sequences, {how_many_seeds(line)}", fontsize=10)
         return figure, (f"Claim: “{line['claim']}”. The paper: {line['paper']}. Here the claim "
                         f"{VERDICT[line['verdict']]}: {shown(line)}, {line['unit']}; {better(system)}; "

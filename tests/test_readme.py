@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TEXT = " ".join(README.split())  # sentences, however their lines are broken
 CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig",
-           "oracle": "OracleConfig", "router": "RouterConfig", "analyze": "AnalyzeConfig"}
+           "oracle": "OracleConfig", "router": "RouterConfig", "analyze": "AnalyzeConfig",
+           "effects": "EffectsConfig"}
 COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+\.py[^`|#\n]*)", README)))
 
 
