@@ -489,6 +489,32 @@ def figure_8(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # ours
 
+def router_style(name):
+    """-> how a router's point looks"""
+    style = ({"marker": ROUTER_MARKER[name]} if name in NAMES else
+             {"marker": ZOO_MARKER.get(name, "."), "color": INK, "mfc": "none", "lw": 0.7})
+    return {"label": f"router: {name}"} | style
+
+
+def against_fixed(axis, groups, fixed):
+    """Routers (see grouped) minus the best fixed pattern of the same number of BIG; those of one budget would hide each
+    other, so they stand side by side."""
+    values, which = fixed
+    budgets = sorted({budget for name, group in groups if name not in NAMES for budget, *_ in group})
+    for (name, group), shift in zip(groups, np.linspace(-0.36, 0.36, len(groups)), strict=True):
+        for budget, spent, losses in [row for row in group if row[0] in budgets]:
+            columns = np.column_stack((losses[which], spent[which], values))
+            part = interval(columns, lambda m: m[..., 0] - at_budget(m[..., 1], m[..., 2:]))
+            point(axis, budgets.index(budget) + shift, part, "router", **router_style(name))
+    axis.axhline(0, color=COLOUR["fixed"], lw=1.5)
+    for i in range(1, len(budgets)):
+        axis.axvline(i - 0.5, color="#808080", ls=":", lw=1)
+    axis.set_xticks(range(len(budgets)), [f"k={k:g}" for k in budgets])
+    axis.set(xlim=(-0.5, len(budgets) - 0.5), xlabel="budget, kinds side by side",
+             ylabel="loss - best fixed's (nats per token)", title="the systems of zoo.py; below 0: better than fixed")
+    axis.grid(axis="y")
+
+
 def pareto(run):
     base, windows = run["base"], run["windows"]
     need(base.get("all_big"), "no losses under any policy", run["commands"]["oracle"])
@@ -502,47 +528,49 @@ def pareto(run):
     routers = grouped(router_points(run, np.arange(len(windows["idx"])), all_kinds))
     papers = [group for group in routers if group[0] in NAMES]
     # Fourteen kinds in one panel cannot be told apart: the zoo's have a row of their own, beside what they must beat.
-    zoo = [group for group in routers if group[0] not in NAMES]
-    rows = [(POLICIES, papers), (("fixed", "expected"), papers)]
-    rows += [(("fixed",), [group for group in papers if group[0] == "linear"] + zoo)] if zoo else []
-    figure, axes = grid_of(len(rows), columns, height=3.6, width=5.4 * columns)
-    for row, (keys, groups) in zip(axes, rows, strict=True):
-        for axis, by_time in zip(row, (False, True)):
-            for key in [key for key in keys if key in base]:
-                values, which = base[key]
-                ks = np.flatnonzero(np.isfinite(values).all(0))
-                family = "oracle" if key in ("oracle", "expected") else "fixed"
-                if by_time:
-                    ks = [k for k in ks if f"{family} {k}" in times]
-                x = [times[f"{family} {k}"][0] for k in ks] if by_time else ks
-                if len(ks):
-                    band(axis, x, minus_big(values[:, ks], which), POLICIES[key])
-            for name, group in groups:
-                style = {"marker": ROUTER_MARKER[name]} if name in NAMES else {
-                    "marker": ZOO_MARKER.get(name, "."), "color": INK, "mfc": "none", "lw": 0.7}
-                for budget, spent, losses in group:
-                    stamp = times.get(f"{name} {budget:g}")
-                    if not by_time or stamp:
-                        point(axis, stamp[0] if by_time else spent.mean(),
-                              interval(minus_big(losses[:, None], np.arange(len(losses)))), "router", stamp
-                              if by_time else None, label=f"router: {name}", **style)
-            axis.axhline(0, color=COLOUR["all-big"], lw=1, ls="--", label="all-big")
-            axis.set(xlabel="time of a forward / all-big's, same batch" if by_time else
-                     "BIG layers per token (achieved)", ylabel="loss - all-big's (nats per token)")
-            axis.grid()
+    zoo = [group for group in routers if group[0] not in NAMES] if "fixed" in base else []
+    zoo = [group for group in papers if group[0] == "linear"] + zoo if zoo else []
+    figure, axes = grid_of(2 + bool(zoo), columns, height=3.6, width=5.4 * columns)
 
-    def zoom(row, groups, title):
+    def draw(axis, by_time, keys, groups):
+        for key in [key for key in keys if key in base]:
+            values, which = base[key]
+            ks = np.flatnonzero(np.isfinite(values).all(0))
+            family = "oracle" if key in ("oracle", "expected") else "fixed"
+            if by_time:
+                ks = [k for k in ks if f"{family} {k}" in times]
+            x = [times[f"{family} {k}"][0] for k in ks] if by_time else ks
+            if len(ks):
+                band(axis, x, minus_big(values[:, ks], which), POLICIES[key])
+        for name, group in groups:
+            for budget, spent, losses in group:
+                stamp = times.get(f"{name} {budget:g}")
+                if not by_time or stamp:
+                    point(axis, stamp[0] if by_time else spent.mean(),
+                          interval(minus_big(losses[:, None], np.arange(len(losses)))), "router",
+                          stamp if by_time and name in NAMES else None, **router_style(name))
+        axis.axhline(0, color=COLOUR["all-big"], lw=1, ls="--", label="all-big")
+        axis.set(xlabel="time of a forward / all-big's, same batch" if by_time else "BIG layers per token (achieved)",
+                 ylabel="loss - all-big's (nats per token)")
+        axis.grid()
+
+    def zoom(axis, groups, title):
         sizes = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for _, group in groups
                  for *_, losses in group for i in (1, 2)]
         if "fixed" in base:
             sizes.append(abs(minus_big(*base["fixed"]).mean(0)[min(2, L)]))
         span = max(0.02, 1.3 * max([size for size in sizes if np.isfinite(size)], default=0))
-        for axis in row:
-            axis.set(ylim=(-0.7 * span, span), title=title)
-    zoom(axes[1], papers, "nearer: policies that do not know the next token")
-    if zoo:
-        zoom(axes[2], rows[2][1], "as near: the systems of zoo.py")
+        axis.set(ylim=(-0.7 * span, span), title=title)
+    for i in range(columns):
+        draw(axes[0, i], i == 1, POLICIES, papers)
+        draw(axes[1, i], i == 1, ("fixed", "expected"), papers)
+        zoom(axes[1, i], papers, "nearer: policies that do not know the next token")
     axes[0, 0].set_title("all policies, both domains")
+    if zoo:
+        against_fixed(axes[2, 0], zoo, base["fixed"])
+    if zoo and run["times"]:
+        draw(axes[2, 1], True, ("fixed",), zoo)
+        zoom(axes[2, 1], zoo, "as near: the systems of zoo.py")
     legend_below(figure, axes[:, 0], columns=2 * columns)
     text = "Left: what a budget buys. " if run["times"] else "What a budget buys. "
     if run["times"]:
@@ -555,7 +583,8 @@ def pareto(run):
     return figure, text + ("Below 0 is better than all-big; left and down is better. Each loss is paired with "
                            "all-big's "
                            "on the same text." + mixed_contexts(run)
-                           + (" Routers of zoo.py: without their controls." if zoo else ""))
+                           + (" Last row: zoo.py's routers beside linear, without their controls; left, paired with "
+                              "the best fixed pattern of what each spends." if zoo else ""))
 
 
 def split(run):

@@ -282,9 +282,9 @@ def draw(system, title, function, run):
         return figure, (f"Claim: “{line['claim']}”. The paper: {line['paper']}. Here the claim "
                         f"{VERDICT[line['verdict']]}: {shown(line)}, {line['unit']}; {better(system)}; "
                         f"{line['sequences']} sequences, {how_many_seeds(line)}. {text}")
-    except KeyError as error:
-        plt.close()
-        raise Missing(f"the finding on {system} in zoo.json lacks {error}; make it with `{command}`") from None
+    except LookupError as error:
+        raise Missing(f"the finding on {system} in zoo.json is not complete ({error}); make it with `{command}`"
+                      ) from None
 
 
 VERDICT = {"holds": "holds", "fails": "fails", "undecided": "stays undecided"}
