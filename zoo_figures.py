@@ -151,7 +151,7 @@ def arch(line):
     axis = axes[0, 0]
     for (key, (label, style)), shift in zip(ways.items(), side_by_side(len(ways), 0.5), strict=True):
         x = np.arange(len(domains)) + shift
-        axis.plot(x, detail[key], ls="none", ms=7, label=label, **style)
+        axis.plot(x, need_field(detail, key), ls="none", ms=7, label=label, **style)
         if key == "after":  # of the new domain the interval is known: the effect is this, minus chance
             low, high = (number(bound) + detail["chance"] for bound in line["ci"])
             axis.plot([x[-1], x[-1]], [low, high], color=style["color"], lw=1.5)
@@ -170,11 +170,11 @@ def glider(line):
     s = need_field(detail, "s")
     figure, axes = grid_of(1, 1, height=3.6, width=8)
     axis = axes[0, 0]
-    names = detail["domains"]
+    names = need_field(detail, "domains")
     for key, style, label, shift in (
             ("held_in", OURS | {"ls": "-"}, f"held-in ({', '.join(names[:-1])})", -0.04),
             ("held_out", OTHER | {"marker": "s", "ls": "--"}, f"held-out ({names[-1]})", 0.04)):
-        points(axis, np.arange(1, len(s)) + shift, detail[f"gains_{key}"], label=label, **style)
+        points(axis, np.arange(1, len(s)) + shift, need_field(detail, f"gains_{key}"), label=label, **style)
     axis.axhline(0, color=INK, lw=0.8)
     axis.axvline(s.index(detail["chosen_s"]), color=GREY, ls=":", label="s chosen on training text")
     axis.set_xticks(range(len(s)), [f"{x:g}" for x in s])

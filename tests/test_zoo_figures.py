@@ -1,14 +1,18 @@
 """zoo_figures.py and what analyze.py makes of zoo.json: each figure shows the numbers of its finding; what is missing
 is named; and the Pareto chart stays readable with all of zoo.py's kinds."""
+import contextlib
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_analyze import again, named_commands, parses
 
 import analyze
 import figures
+import gates
 import router
 import zoo
 import zoo_figures
@@ -204,7 +208,8 @@ def all_routers(S=6, T=4, L=12):
             routers[f"{name}_k{k:g}_s1"] = {"notes": json.dumps(notes), "routes": routes, "domain": np.zeros(S, int),
                                             "losses": 3 + g.normal(0, 0.1, (S, T))}
     losses = 3 + g.normal(0, 0.1, (S, L + 1))
-    return {"routers": routers, "times": {}, "contexts": {}, "commands": dict.fromkeys(("train", "oracle"), "python x.py"),
+    return {"routers": routers, "times": {}, "contexts": {},
+            "commands": dict.fromkeys(("train", "oracle"), "python x.py"),
             "base": {key: (losses, np.arange(S)) for key in ("all_big", "fixed", "oracle", "random")},
             "windows": {"idx": np.zeros((S, T), int), "domain": np.zeros(S, int), "domains": np.array(["code"])}}
 
@@ -242,7 +247,7 @@ def test_the_papers_figures_stay_about_its_routers():
             figures.FIGURES[name][1](only_zoo)
 
 
-def test_times_attach_the_router_and_leave_out_rewire(monkeypatch, tmp_path):
+def test_rewire_and_controls_are_not_timed(monkeypatch, tmp_path):
     run = all_routers()
     (tmp_path / "routers").mkdir()
     for stem in run["routers"]:
@@ -253,3 +258,28 @@ def test_times_attach_the_router_and_leave_out_rewire(monkeypatch, tmp_path):
                                     "checkpoint": "now", "device": "cpu"})
     kinds = {name.partition(" ")[0] for name in timed} - {"fixed"}
     assert kinds == {*router.NAMES, *figures.ZOO_MARKER} - {"rewire"}
+
+
+def test_a_router_is_timed_where_it_is_attached(monkeypatch, tmp_path):
+    seen = []
+
+    class Attached(gates.Router):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        @contextlib.contextmanager
+        def attached(self, model):
+            seen.append("in")
+            yield
+            seen.append("out")
+
+    class Model:
+        config = SimpleNamespace(n_layer=12)
+
+        def __call__(self, idx, route):
+            seen.append("fixed" if isinstance(route, int) else "routed")
+    monkeypatch.setattr(analyze, "policies", lambda made: {"fixed 12": 2, "rmoe 4": Attached()})
+    made = {"folder": tmp_path, "model": Model(), "label": {"idx": np.zeros((2, 4), int)}, "checkpoint": "now",
+            "device": torch.device("cpu")}
+    assert set(analyze.time_policies(made, 1)["times"]) == {"fixed 12", "rmoe 4"}
+    assert seen == ["fixed", "in", "routed", "out"] * 2
