@@ -548,7 +548,8 @@ def zoo_table(lines):
             f'<td data-label="effect">{html.escape(effect)}</td><td data-label="sequences">{line["sequences"]}</td>'
             f'<td data-label="routers">{zoo_figures.how_many_seeds(line)}</td>'
             f'<td data-label="the paper">{html.escape(line["paper"])}</td>'
-            f'<td data-label="made by"><code>{html.escape(line["command"])}</code></td></tr>')
+            f'<td data-label="made by"><details><summary>command</summary><code>{html.escape(line["command"])}</code>'
+            '</details></td></tr>')
     return "\n".join(rows) or '<tr><td colspan="8">None was measured in this run.</td></tr>'
 
 

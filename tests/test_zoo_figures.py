@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_analyze import again, named_commands, parses
+from test_analyze import Page, again, named_commands, parses
 
 import analyze
 import figures
@@ -176,6 +176,7 @@ def test_report(tmp_path):
     lines = planted()
     lines["glider"]["checkpoint"] = "another"
     printed, page = run_with(tmp_path, list(lines.values()))
+    Page(page)  # is valid
     there = [system for system in lines if system != "glider"]
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {f"zoo_{system}" for system in there}
     section = page[page.index('<h2 id="zoo">'):page.index('<h2 id="missing">')]
