@@ -4,9 +4,10 @@
     python analyze.py --check                          do the raw files still say what findings.json says? (else exit 1)
     python analyze.py --dense=out/dense --freeze=out/frozen   F12 and figure 8: two runs trained apart, same tokens
 
-Reads metrics.jsonl, oracle/*.npz, oracle.json, routers/*.npz, tokenizer.json and ckpt.pt of --out_dir; what is not
-there is not drawn, and the report names the command that makes it. figures.py draws, claims.py judges; here the files
-are read, and the page is put together from report_template.html.
+Reads metrics.jsonl, oracle/*.npz, oracle.json, routers/*.npz, zoo.json, tokenizer.json and ckpt.pt of --out_dir; what
+is not there is not drawn, and the report names the command that makes it. figures.py and zoo_figures.py draw, claims.py
+judges (of zoo.py's systems effects.py did); here the files are read, and the page is put together from
+report_template.html.
 
 Files: out_dir/findings.json, a list of {id, claim, effect, ci, seeds, sequences, verdict, command, ...}: F1..F12, those
 about routers once for each kind (`router`). verdict is holds, fails, undecided or not tested (then `missing` says
@@ -15,6 +16,7 @@ out_dir/figures/<name>.png. out_dir/report.html, one file, no network. out_dir/t
 times {policy: [median, quartiles] of its time / all-big's}}. out_dir/comparisons.npz: losses per sequence [S] of dense
 and all_big, of freeze and joint, the hashes of those runs' checkpoints, and the command.
 """
+import contextlib
 import html
 import io
 import json
@@ -35,6 +37,7 @@ import claims
 import data
 import figures
 import router
+import zoo_figures
 from common import (
     UserError,
     arg,
@@ -47,6 +50,7 @@ from common import (
     run,
     write_atomic,
 )
+from gates import Router
 from model import BIG, SMALL
 from oracle import file_hash, write_npz
 
@@ -91,7 +95,7 @@ def commands(out_dir, preset):
     """-> {what is missing: the command that makes it}"""
     where, train = f"--out_dir={shlex.quote(str(out_dir))}", f"python train.py --preset={preset}"
     oracle, routers = f"python oracle.py {where}", f"python router.py {where}"
-    return {"train": f"{train} {where}", "oracle": oracle, "routers": routers,
+    return {"train": f"{train} {where}", "oracle": oracle, "routers": routers, "effects": f"python effects.py {where}",
             "router": f"{routers} --name=linear --budget=4,6,8",
             "ramps": f"{oracle} --budgets=4,6-2,2-6", "skip": f"{oracle} --choices=xb --budgets=6",
             "reference": f"{train} --train_route=big --seed=11 --out_dir=out/reference && "
@@ -156,6 +160,8 @@ def read(config):
             "patterns_context": next((name for name in patterns if patterns[name] is baseline), ""),
             "quality": report.get("quality", []), "controls_context": context,
             "controls": report.get("controls", {}).get(context, []), "comparisons": {}, "times": {},
+            "zoo": {line["system"]: line for line in read_json(folder / "zoo.json", "python effects.py")
+                    if line["checkpoint"] == checkpoint},
             "windows": {key: windows[key] for key in ("idx", "targets", "domain", "domains")} if "domain" in windows
             else {"idx": np.zeros((0, 0), int), "domains": np.array([])},
             "commands": commands(config.out_dir, trained.get("preset", "auto")), "words": read_words(folder),
@@ -283,8 +289,8 @@ def policies(made):
                 for k in range(0, L + 1) if k in (0, L) or (k % 2 == 0 and chosen is not None)}
     variants |= {f"oracle {k}": torch.from_numpy(figures.lane(label, str(k))[0]) for k in range(2, L, 2)
                  if figures.has(label, str(k))}
-    for name, group in figures.kinds(made).items():
-        for budget, arrays in group.items():
+    for name, group in figures.all_kinds(made).items():
+        for budget, arrays in group.items() if name != "rewire" else ():  # it learns at test time: minutes
             notes = figures.notes_of(arrays)
             stem = router.stem(name, (budget, notes["skip_budget"]), notes["choices"], notes["seed"])
             path = made["folder"] / "routers" / f"{stem}.pt"
@@ -314,10 +320,11 @@ def time_policies(made, rounds):
     seconds = {name: [] for name in variants}
     for turn in tqdm(range(rounds + 1), "timing", leave=False, disable=None):  # the first one warms up
         for name, route in routes.items():
-            start = time.perf_counter()
-            model(idx, route)
-            if cuda:
-                torch.cuda.synchronize()
+            with route.attached(model) if isinstance(route, Router) else contextlib.nullcontext():
+                start = time.perf_counter()
+                model(idx, route)
+                if cuda:
+                    torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     ratios = {name: np.array(times) / np.array(seconds[f"fixed {L}"]) for name, times in seconds.items()}
@@ -445,14 +452,16 @@ def draw(made, findings):
     """
     drawn, lacking, folder = [], [], made["folder"] / "figures"
     folder.mkdir(exist_ok=True)
-    for name, (title, function, ids) in tqdm(figures.FIGURES.items(), "figures", leave=False, disable=None):
+    for name, (title, function, ids) in tqdm((figures.FIGURES | zoo_figures.FIGURES).items(), "figures", leave=False,
+                                              disable=None):
         try:
             figure, caption = function(made)
         except figures.Missing as error:
             lacking.append((title, str(error)))
             (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier state of the run
             continue
-        caption = " ".join([caption, *(in_words(line) for line in findings if line["id"] in ids)])
+        caption = " ".join([caption, *(in_words(line) for line in findings if line["id"] in ids
+                                       and line.get("router", "linear") in router.NAMES)])  # as in the figures
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=110)
         figure.savefig(svg, format="svg", dpi=110, transparent=True, metadata={"Date": None})
@@ -495,7 +504,8 @@ def explorer(made, n):
                 for i, name in enumerate(arrays["labels"]) if "-" not in str(name)}
     sequences = []
     for row in rows:
-        routers = sorted(made["routers"].items() if where is not None else [],
+        routers = sorted([(stem, arrays) for stem, arrays in made["routers"].items() if where is not None
+                          and not figures.is_control(figures.notes_of(arrays)["name"])],
                          key=lambda item: not item[0].startswith("linear"))  # the paper's first
         sequences.append({
             "domain": str(label["domains"][label["domain"][row]]), "start": made["words"][int(label["idx"][row, 0])],
@@ -526,6 +536,23 @@ def table(findings):
     return "\n".join(rows)
 
 
+def zoo_table(lines):
+    """-> the findings on zoo.py's systems as rows of an HTML table, in zoo_figures.py's order"""
+    rows = []
+    for system in [name for name in zoo_figures.SYSTEMS if name in lines]:
+        line = lines[system]
+        effect = f"{zoo_figures.shown(line)}, {line['unit']}; {zoo_figures.better(system)}"
+        rows.append(
+            f'<tr><th scope="row">{system}</th><td data-label="claim">{html.escape(line["claim"])}</td>'
+            f'<td data-label="verdict"><span class="verdict {line["verdict"]}">{line["verdict"]}</span></td>'
+            f'<td data-label="effect">{html.escape(effect)}</td><td data-label="sequences">{line["sequences"]}</td>'
+            f'<td data-label="routers">{zoo_figures.how_many_seeds(line)}</td>'
+            f'<td data-label="the paper">{html.escape(line["paper"])}</td>'
+            f'<td data-label="made by"><details><summary>command</summary><code>{html.escape(line["command"])}</code>'
+            '</details></td></tr>')
+    return "\n".join(rows) or '<tr><td colspan="8">None was measured in this run.</td></tr>'
+
+
 def gain_in_words(controls):
     """controls: rows of oracle.json -> a sentence on the oracle's largest gain and what it is made of"""
     rows = [row for row in controls if row["domain"] == "all"]
@@ -549,12 +576,15 @@ def report(made, findings, drawn, lacking, data_of_explorer):
              + gain_in_words(made["controls"])
              + (f"All from {seeds_of(tested)}: intervals tell what other text would change, not what "
                 "another training would." if tested else ""))
-    figures_html = "\n".join(
+    of_figures = {name: (
         f'<figure id="{name}"><h3>{html.escape(title)}</h3><div class="scroll" tabindex="0" role="group" '
         f'aria-label="{html.escape(title)}, scrolls sideways on a narrow screen">{svg}</div>'
-        f"<figcaption>{code(caption)}</figcaption></figure>" for name, title, caption, svg in drawn)
+        f"<figcaption>{code(caption)}</figcaption></figure>") for name, title, caption, svg in drawn}
     gaps = "\n".join(f"<li><b>{html.escape(title)}</b>: {code(text)}</li>" for title, text in lacking)
-    page = {"facts": "".join(facts), "story": html.escape(story), "findings": table(findings), "figures": figures_html,
+    page = {"facts": "".join(facts), "story": html.escape(story), "findings": table(findings),
+            "figures": "\n".join(text for name, text in of_figures.items() if name not in zoo_figures.FIGURES),
+            "zoo": zoo_table(made["zoo"]),
+            "zoo_figures": "\n".join(text for name, text in of_figures.items() if name in zoo_figures.FIGURES),
             "missing": f"<ul>{gaps}</ul>" if lacking else "<p>Nothing: every figure is drawn.</p>",
             # "<" never stands in the data, so no token can end the script element
             "data": json.dumps(data_of_explorer, separators=(",", ":")).replace("<", "\\u003c")}

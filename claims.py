@@ -522,6 +522,7 @@ def router_rows(arrays, base, contexts, controls, flops):
     return rows
 
 
+ROUTERS = ("linear", "gumbel", "mlp", "distilled", "advantage")  # those that the paper's claims are asked of
 COMPARED = {"F4": ("fixed", "oracle"), "F5": ("best100_data_set", "oracle"), "F7": (), "F8": ()}  # with what
 
 
@@ -588,7 +589,7 @@ def router_findings(evaluated, base, contexts, base_seed):
     kinds, commands, found = {}, {}, []
     for arrays in evaluated:
         notes = json.loads(str(arrays["notes"]))
-        if notes["choices"] == "sb":
+        if notes["choices"] == "sb" and notes["name"] in ROUTERS:
             kinds.setdefault(notes["name"], {})[notes["budget"], notes["seed"]] = arrays
             commands.setdefault(notes["name"], {})[notes["command"]] = None  # a dict keeps their order, each once
     for name, files in kinds.items():

@@ -4,7 +4,8 @@ matplotlib figure and a caption that says what to see, or raises Missing with th
 Material (a dict, made by analyze.read): metrics, the lines of metrics.jsonl; windows {idx, targets [S, T], domain [S],
 domains}; label, expected, skip, ramps: arrays of oracle.py's files ({} where there is none); patterns, its baselines,
 and curves; routers {file stem: arrays}; base {policy: (losses per sequence [n, L + 1], which n windows)}; quality,
-controls: rows of oracle.json; times: of analyze.time_policies; comparisons: of analyze.compare; words [V].
+controls: rows of oracle.json; times: of analyze.time_policies; comparisons: of analyze.compare; words [V]; zoo: of
+zoo_figures.py.
 
 Losses are in nats per token, bands and bars are 95% bootstrap intervals over sequences. Text and axes are drawn in INK,
 which the report replaces by the colour of its text, so that figures follow light and dark.
@@ -22,6 +23,7 @@ from matplotlib.colors import ListedColormap
 
 from claims import at_budget, interval, number
 from model import BIG, SKIP, SMALL
+from router import NAMES
 
 INK = "#10233f"
 # One colour a policy, everywhere: the eight of Okabe and Ito, safe for colour-blind readers. The report has them too.
@@ -30,7 +32,10 @@ COLOUR = {"oracle": "#d55e00", "router": "#cc79a7", "fixed": "#56b4e9", "random"
 CHOICE = {SKIP: "#bbbbbb", SMALL: COLOUR["all-small"], BIG: COLOUR["all-big"]}
 MARKER = {"oracle": "o", "router": "D", "fixed": "s", "random": "v", "best of 100": "^", "expected-loss oracle": "P",
           "all-small": "<", "all-big": ">"}
-ROUTER_MARKERS = "DXdph*"  # all routers have one colour; kinds differ by marker
+# All routers have one colour, kinds differ by marker. zoo.py's kinds are hollow and in INK.
+ROUTER_MARKER = dict(zip(NAMES, "DXdph", strict=True))
+ZOO_MARKER = {"rmoe": "o", "token_id": "s", "capacity": "^", "tryage": "v", "arch": "<", "glider": ">", "rewire": "*",
+              "lora_mixer": "P", "lora_single": "X"}
 plt.rcParams.update({"font.size": 10, "axes.titlesize": 10, "svg.fonttype": "path", "svg.hashsalt": "nanoduo",
                      "savefig.facecolor": "white", "axes.facecolor": "none", "text.color": INK, "axes.labelcolor": INK,
                      "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
@@ -76,9 +81,11 @@ def point(axis, x, part, policy, x_part=None, **options):
     axis.errorbar([x], [part[0]], bars(part), None if x_part is None else bars(x_part), **style | options)
 
 
-def legend_below(figure, axis, columns=4):
-    """One legend for all axes, each name once."""
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+def legend_below(figure, axes, columns=4):
+    """One legend for all axes, each name once. axes: one, or several that together have all names"""
+    handles = {}
+    for axis in np.ravel(axes):
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
@@ -108,14 +115,25 @@ def context_of(arrays):
             "frozen": "earlier tokens are all-BIG (frozen context)"}[str(arrays["context"])]
 
 
-def kinds(run):
-    """-> {name of a {SMALL, BIG} router: {budget: arrays}}, of the first seed; the paper's router, linear, first"""
+def is_control(name):
+    """Is this kind of zoo.py there only for another one to be compared with?"""
+    return name.endswith(("_few", "_np", "_detach", "_prose")) or name in ("lora_balance", "lora_budget", "lora_sharp")
+
+
+def all_kinds(run):
+    """-> {name of a {SMALL, BIG} router: {budget: arrays}}, of the first seed; the paper's router, linear, first.
+    Without zoo.py's controls."""
     found = {}
     for arrays in run["routers"].values():
         notes = notes_of(arrays)
-        if notes["choices"] == "sb":
+        if notes["choices"] == "sb" and not is_control(notes["name"]):
             found.setdefault(notes["name"], {}).setdefault(notes["budget"], arrays)
     return {name: dict(sorted(found[name].items())) for name in sorted(found, key=lambda n: (n != "linear", n))}
+
+
+def kinds(run):
+    """The same of the paper's routers alone: what the figures show, except where they say otherwise."""
+    return {name: routers for name, routers in all_kinds(run).items() if name in NAMES}
 
 
 def share_maps(lanes, domains, colour, what):
@@ -232,7 +250,7 @@ def on_common_windows(run):
     return rows, {key: values[[list(which).index(i) for i in rows]] for key, (values, which) in base.items()}
 
 
-def router_points(run, rows):
+def router_points(run, rows, kinds=kinds):
     """-> [(name, budget, number of BIG spent per sequence [n], losses per sequence [n])] on the windows `rows`"""
     return [(name, k, (arrays["routes"] == BIG).sum(-1).mean(-1)[rows], arrays["losses"].mean(-1)[rows])
             for name, routers in kinds(run).items() for k, arrays in routers.items()]
@@ -281,10 +299,10 @@ def figure_4b(run):
         for key in base:
             there = np.isfinite(base[key]).all(0)
             band(axis, ks[there], base[key][here][:, there], POLICIES[key], np.exp)
-        for i, (name, group) in enumerate(grouped(routers)):
-            for spent, losses in group:
+        for name, group in grouped(routers):
+            for _, spent, losses in group:
                 point(axis, spent[here].mean(), np.exp(interval(losses[here])), "router", label=f"router: {name}",
-                      marker=ROUTER_MARKERS[i % len(ROUTER_MARKERS)])
+                      marker=ROUTER_MARKER[name])
         axis.set(xlabel="BIG layers per token (achieved)", ylabel="perplexity", title=domains[d])
         axis.grid()
     legend_below(figure, axes[0, 0])
@@ -296,9 +314,9 @@ def figure_4b(run):
 
 
 def grouped(routers):
-    """[(name, budget, spent, losses)] -> [(name, [(spent, losses)])]"""
+    """[(name, budget, spent, losses)] -> [(name, [(budget, spent, losses)])]"""
     names = list(dict.fromkeys(name for name, *_ in routers))
-    return [(name, [tuple(rest) for other, _, *rest in routers if other == name]) for name in names]
+    return [(name, [tuple(rest) for other, *rest in routers if other == name]) for name in names]
 
 
 def figure_4c(run):
@@ -409,15 +427,15 @@ def figure_6(run, columns=64, lines=16):
 def figure_7(run, n=48):
     wanted = (("sb", 3.6, None, "70% SMALL, 30% BIG"), ("xb", 6.0, None, "50% BIG, 50% SKIP"),
               ("xsb", 6.0, 2.4, "50% BIG, 30% SMALL, 20% SKIP"))
-    need(run["routers"], "no routers", run["commands"]["router"])
+    papers = [(notes_of(arrays), arrays) for arrays in run["routers"].values() if notes_of(arrays)["name"] in NAMES]
+    need(papers, "no routers", run["commands"]["router"])
     found, lacking = [], []
     for choices, big, skip, title in wanted:
-        notes = [(notes_of(arrays), arrays) for arrays in run["routers"].values()]
         near = sorted(((abs(note["budget"] - big) + abs((note["skip_budget"] or 0) - (skip or 0)),
-                        note["name"] != "linear", i) for i, (note, _) in enumerate(notes)
+                        note["name"] != "linear", i) for i, (note, _) in enumerate(papers)
                        if note["choices"] == choices), key=lambda item: item[:2])
         if near and near[0][0] <= 0.5:
-            note, arrays = notes[near[0][2]]
+            note, arrays = papers[near[0][2]]
             found.append((f"{title}: {note['name']}, k={note['budget']:g}", arrays))
         if not near or near[0][0] > 0.5:
             budget = f"{big:g}" if skip is None else f"{big:g}/{skip:g}"
@@ -471,6 +489,32 @@ def figure_8(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # ours
 
+def router_style(name):
+    """-> how a router's point looks"""
+    style = ({"marker": ROUTER_MARKER[name]} if name in NAMES else
+             {"marker": ZOO_MARKER.get(name, "."), "color": INK, "mfc": "none", "lw": 0.7})
+    return {"label": f"router: {name}"} | style
+
+
+def against_fixed(axis, groups, fixed):
+    """Routers (see grouped) minus the best fixed pattern of the same number of BIG; those of one budget would hide each
+    other, so they stand side by side."""
+    values, which = fixed
+    budgets = sorted({budget for name, group in groups if name not in NAMES for budget, *_ in group})
+    for (name, group), shift in zip(groups, np.linspace(-0.36, 0.36, len(groups)), strict=True):
+        for budget, spent, losses in [row for row in group if row[0] in budgets]:
+            columns = np.column_stack((losses[which], spent[which], values))
+            part = interval(columns, lambda m: m[..., 0] - at_budget(m[..., 1], m[..., 2:]))
+            point(axis, budgets.index(budget) + shift, part, "router", **router_style(name))
+    axis.axhline(0, color=COLOUR["fixed"], lw=1.5)
+    for i in range(1, len(budgets)):
+        axis.axvline(i - 0.5, color="#808080", ls=":", lw=1)
+    axis.set_xticks(range(len(budgets)), [f"k={k:g}" for k in budgets])
+    axis.set(xlim=(-0.5, len(budgets) - 0.5), xlabel="budget, kinds side by side",
+             ylabel="loss - best fixed's (nats per token)", title="the systems of zoo.py; below 0: better than fixed")
+    axis.grid(axis="y")
+
+
 def pareto(run):
     base, windows = run["base"], run["windows"]
     need(base.get("all_big"), "no losses under any policy", run["commands"]["oracle"])
@@ -480,43 +524,54 @@ def pareto(run):
     def minus_big(values, which):  # -> [n, K], paired with all-big on the same sequences
         return values - big[[place[i] for i in which]][:, None]
     columns = 2 if run["times"] else 1
-    figure, axes = grid_of(2, columns, height=3.6, width=5.4 * columns)
     times = {key: tuple(value) for key, value in run["times"].items()}
-    routers = router_points(run, np.arange(len(windows["idx"])))
-    for near, row in enumerate(axes):
-        for axis, by_time in zip(row, (False, True)):
-            for key, policy in POLICIES.items():
-                if key not in base or (near and key not in ("fixed", "expected")):
-                    continue
-                values, which = base[key]
-                ks = np.flatnonzero(np.isfinite(values).all(0))
-                family = "oracle" if key in ("oracle", "expected") else "fixed"
-                if by_time:
-                    ks = [k for k in ks if f"{family} {k}" in times]
-                x = [times[f"{family} {k}"][0] for k in ks] if by_time else ks
-                if len(ks):
-                    band(axis, x, minus_big(values[:, ks], which), policy)
-            for i, (name, group) in enumerate(grouped(routers)):
-                for (spent, losses), budget in zip(group, kinds(run)[name]):
-                    stamp = times.get(f"{name} {budget:g}")
-                    if not by_time or stamp:
-                        point(axis, stamp[0] if by_time else spent.mean(),
-                              interval(minus_big(losses[:, None], np.arange(len(losses)))), "router", stamp
-                              if by_time else None, marker=ROUTER_MARKERS[i % len(ROUTER_MARKERS)],
-                              label=f"router: {name}")
-            axis.axhline(0, color=COLOUR["all-big"], lw=1, ls="--", label="all-big")
-            axis.set(xlabel="time of a forward / all-big's, same batch" if by_time else
-                     "BIG layers per token (achieved)", ylabel="loss - all-big's (nats per token)")
-            axis.grid()
-    sizes = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for *_, losses in routers
-            for i in (1, 2)]
-    if "fixed" in base:
-        sizes.append(abs(minus_big(*base["fixed"]).mean(0)[min(2, L)]))
-    span = max(0.02, 1.3 * max([size for size in sizes if np.isfinite(size)], default=0))
-    for axis in axes[1]:
-        axis.set(ylim=(-0.7 * span, span), title="nearer: policies that do not know the next token")
+    routers = grouped(router_points(run, np.arange(len(windows["idx"])), all_kinds))
+    papers = [group for group in routers if group[0] in NAMES]
+    # Fourteen kinds in one panel cannot be told apart: the zoo's have a row of their own, beside what they must beat.
+    zoo = [group for group in routers if group[0] not in NAMES] if "fixed" in base else []
+    zoo = [group for group in papers if group[0] == "linear"] + zoo if zoo else []
+    figure, axes = grid_of(2 + bool(zoo), columns, height=3.6, width=5.4 * columns)
+
+    def draw(axis, by_time, keys, groups):
+        for key in [key for key in keys if key in base]:
+            values, which = base[key]
+            ks = np.flatnonzero(np.isfinite(values).all(0))
+            family = "oracle" if key in ("oracle", "expected") else "fixed"
+            if by_time:
+                ks = [k for k in ks if f"{family} {k}" in times]
+            x = [times[f"{family} {k}"][0] for k in ks] if by_time else ks
+            if len(ks):
+                band(axis, x, minus_big(values[:, ks], which), POLICIES[key])
+        for name, group in groups:
+            for budget, spent, losses in group:
+                stamp = times.get(f"{name} {budget:g}")
+                if not by_time or stamp:
+                    point(axis, stamp[0] if by_time else spent.mean(),
+                          interval(minus_big(losses[:, None], np.arange(len(losses)))), "router",
+                          stamp if by_time and name in NAMES else None, **router_style(name))
+        axis.axhline(0, color=COLOUR["all-big"], lw=1, ls="--", label="all-big")
+        axis.set(xlabel="time of a forward / all-big's, same batch" if by_time else "BIG layers per token (achieved)",
+                 ylabel="loss - all-big's (nats per token)")
+        axis.grid()
+
+    def zoom(axis, groups, title):
+        sizes = [abs(interval(minus_big(losses[:, None], np.arange(len(losses))))[i]) for _, group in groups
+                 for *_, losses in group for i in (1, 2)]
+        if "fixed" in base:
+            sizes.append(abs(minus_big(*base["fixed"]).mean(0)[min(2, L)]))
+        span = max(0.02, 1.3 * max([size for size in sizes if np.isfinite(size)], default=0))
+        axis.set(ylim=(-0.7 * span, span), title=title)
+    for i in range(columns):
+        draw(axes[0, i], i == 1, POLICIES, papers)
+        draw(axes[1, i], i == 1, ("fixed", "expected"), papers)
+        zoom(axes[1, i], papers, "nearer: policies that do not know the next token")
     axes[0, 0].set_title("all policies, both domains")
-    legend_below(figure, axes[0, 0], columns=2 * columns)
+    if zoo:
+        against_fixed(axes[2, 0], zoo, base["fixed"])
+    if zoo and run["times"]:
+        draw(axes[2, 1], True, ("fixed",), zoo)
+        zoom(axes[2, 1], zoo, "as near: the systems of zoo.py")
+    legend_below(figure, axes[:, 0], columns=2 * columns)
     text = "Left: what a budget buys. " if run["times"] else "What a budget buys. "
     if run["times"]:
         text += (f"Right: what it costs in time on {run['times_on']['device']}, {run['times_on']['batch']}, each "
@@ -527,7 +582,9 @@ def pareto(run):
         text += f"No times: they need the checkpoint, `{run['commands']['train']}`. "
     return figure, text + ("Below 0 is better than all-big; left and down is better. Each loss is paired with "
                            "all-big's "
-                           "on the same text." + mixed_contexts(run))
+                           "on the same text." + mixed_contexts(run)
+                           + (" Last row: zoo.py's routers beside linear, without their controls; left, paired with "
+                              "the best fixed pattern of what each spends." if zoo else ""))
 
 
 def split(run):
@@ -548,12 +605,11 @@ def split(run):
                       marker="v", mfc="none", ls="none", capsize=2, label="split-label oracle's gain")
     if "fixed" in run["base"]:
         fixed, which = run["base"]["fixed"]
-        for i, (name, group) in enumerate(grouped(router_points(run, np.arange(len(run["windows"]["idx"]))))):
-            for spent, losses in group:
+        for name, group in grouped(router_points(run, np.arange(len(run["windows"]["idx"])))):
+            for _, spent, losses in group:
                 both = np.column_stack((losses[which], spent[which], fixed))
                 gain = interval(both, lambda m: at_budget(m[..., 1], m[..., 2:]) - m[..., 0])
-                point(axis, spent.mean(), gain, "router", label=f"router's gain: {name}",
-                      marker=ROUTER_MARKERS[i % len(ROUTER_MARKERS)])
+                point(axis, spent.mean(), gain, "router", label=f"router's gain: {name}", marker=ROUTER_MARKER[name])
     axis.axhline(0, color=INK, lw=0.8)
     axis.set(xlabel="k (BIG layers per token)", ylabel="gain over the best fixed pattern (nats)", xticks=ks)
     axis.grid(axis="y")

@@ -78,7 +78,7 @@ from gates import GAIN_UNIT, Router, compiles, gumbel_noise, mixed_loss, schedul
 from model import BIG, SKIP, SMALL
 from oracle import OracleConfig, Run, write_npz
 
-NAMES = ("linear", "gumbel", "mlp", "distilled", "advantage")
+NAMES = claims.ROUTERS
 JOINT_NAMES = NAMES[:3]
 
 

@@ -28,6 +28,7 @@ import figures
 import oracle
 import router
 import train
+import zoo_figures
 from common import load_run, parse_config
 from model import BIG, SMALL
 
@@ -437,14 +438,16 @@ def parses(command):
 def test_an_empty_folder_is_told_everything(tmp_path):
     code, printed = quiet(analyze.main, preset="debug", device="cpu", out_dir=tmp_path)
     assert code == 0 and {line["verdict"] for line in findings(tmp_path)} == {"not tested"}
-    assert sum(line.startswith("not drawn: ") for line in printed.splitlines()) == len(figures.FIGURES)
+    n = len(figures.FIGURES) + len(zoo_figures.FIGURES)
+    assert sum(line.startswith("not drawn: ") for line in printed.splitlines()) == n
     commands = set(named_commands(printed)) | {part for line in findings(tmp_path)
                                                for part in named_commands(line["command"])}
-    assert {command.split()[1] for command in commands} == {"train.py", "oracle.py", "router.py", "analyze.py"}
+    assert {command.split()[1] for command in commands} == {"train.py", "oracle.py", "router.py", "analyze.py",
+                                                               "effects.py"}
     for command in commands:
         parses(command)
     page = (tmp_path / "report.html").read_text()
-    assert not list((tmp_path / "figures").iterdir()) and page.count("<li>") == len(figures.FIGURES)
+    assert not list((tmp_path / "figures").iterdir()) and page.count("<li>") == n
 
 
 def test_commands_for_skips_parse(made):
