@@ -327,7 +327,19 @@ def draw():
     figure.savefig(HERE / "stage1.png", dpi=110)
 
 
+def draw_zoo():
+    """ZOO.md's pictures: as analyze.py draws them, from the committed findings."""
+    import zoo_figures
+
+    for system, run in (("rmoe", "h100"), ("arch", "h100"), ("openmoe", "cpu")):
+        findings = json.loads((HERE / f"{run}_zoo.json").read_text())
+        line = next(line for line in findings if line["system"] == system)
+        figure, _ = getattr(zoo_figures, system)(line)
+        figure.savefig(HERE / f"zoo_{system}.png", dpi=100, metadata={"Software": None})
+
+
 if __name__ == "__main__":
     for page in (README, ZOO):
         page.write_text(fill(page.read_text()))
     draw()
+    draw_zoo()
