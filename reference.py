@@ -278,7 +278,8 @@ def collect(config, planned):
 
     def lacks(what, *endings):
         """Are these steps of all seeds finished? Else say which one is not."""
-        missing = [name for name, *_ in planned if name.split("/")[1] in endings and name not in done]
+        missing = [f"seed{seed}/{ending}" for seed in SEEDS for ending in endings
+                   if f"seed{seed}/{ending}" not in done]
         if missing:
             print(f"{what}: left out, for {missing[0]} is not finished ({len(missing)} such steps)")
         return bool(missing)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh             set up, then run the pipeline with the preset that fits this machine
 # bash run.sh test        set up, then run the tests (arguments go to pytest, say: bash run.sh test -m slow)
-# bash run.sh reference   set up, then make the reference study: hours on a GPU (arguments go to reference.py, say --list)
+# bash run.sh reference   set up, then make the reference study (arguments go to reference.py, say: --list)
 # bash run.sh setup       set up only
 set -euo pipefail
 cd "$(dirname "$0")"
