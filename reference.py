@@ -92,13 +92,21 @@ def steps(preset):
         found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
                                       *["--resume"] * (script == "train.py")]))
 
+    parameters = {size: n_parameters(sized(preset, size)) for size in SIZES}
+    times = {size: number / parameters["base"] for size, number in parameters.items()}
+
+    def shape(size):
+        """-> flags: the size, and steps at fixed tokens per parameter"""
+        config = sized(preset, size)
+        return {"n_embd": config.n_embd, "n_head": config.n_head, "n_layer": config.n_layer,
+                "max_steps": round(base.max_steps * times[size])}
+
     for seed in SEEDS:
         me, mine = f"seed{seed}", {"seed": seed}
         reference = {"reference": f"{{out}}/{me}_reference"}
-        strong = sized(preset, "wide")  # the stronger, the nearer is its foresight to what could be foreseen
         add(f"{me}/train", 3, "train.py", me, **mine)
-        add(f"{me}/reference", 4, "train.py", f"{me}_reference", train_route="big", seed=seed + 100,
-            n_embd=strong.n_embd, n_head=strong.n_head)
+        # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
+        add(f"{me}/reference", 7, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
         add(f"{me}/oracle", 12, "oracle.py", me, **reference)
         add(f"{me}/routers", 15, "router.py", me, **mine)
         add(f"{me}/zoo", 15, "router.py", me, name="all", budget="2,4,6,8", **mine)
@@ -115,13 +123,9 @@ def steps(preset):
             found.append((f"{me}/joint_k{k}", 8, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
                                                   f"--seed={seed}"]))
         for size in SIZES:
-            folder, config = f"{me}_{size}", sized(preset, size)
-            times = n_parameters(config) / n_parameters(base)
-            if size == "base":
-                folder = me
-            else:  # fixed tokens per parameter: both steps and the time of one grow
-                add(f"{me}/{size}", 1 + 2 * times ** 2, "train.py", folder, n_embd=config.n_embd, n_head=config.n_head,
-                    n_layer=config.n_layer, max_steps=round(base.max_steps * times), **mine)
+            folder = me if size == "base" else f"{me}_{size}"
+            if size != "base":
+                add(f"{me}/{size}", 1 + 2 * times[size] ** 2, "train.py", folder, **shape(size), **mine)  # steps x time
             for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
                 add(f"{me}/{size}_{criterion}", 2, "oracle.py", folder, search="dp", context="frozen",
                     criterion=criterion, **reference)
@@ -157,16 +161,17 @@ def finished(out, planned):
 
 
 def execute(command, log):
-    """Run a command, its output to the end of `log` -> its exit code, and whether we were told to stop meanwhile. In a
-    session of its own, so that Ctrl-C reaches it once, from here: it saves and leaves, and we wait for that."""
+    """Run a command, its output to the end of `log` -> its exit code, and whether we were told to stop meanwhile. The
+    step then saves and leaves by itself, and we wait for that. (Ctrl-C reaches it, too; SIGTERM is handed on.)"""
     stopped = []
     with open(log, "ab") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
-    def hand_on(number, _):
+    def stop(number, _):
         stopped.append(number)
-        child.send_signal(number)
-    handlers = {s: signal.signal(s, hand_on) for s in (signal.SIGINT, signal.SIGTERM)}
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         return child.wait(), bool(stopped)
     finally:
