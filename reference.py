@@ -92,6 +92,7 @@ def steps(preset):
         found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
                                       *["--resume"] * (script == "train.py")]))
 
+    few = {"steps": 300} if preset == "gpu" else {}  # as README's tables; its 1,500 would take hours a seed
     parameters = {size: n_parameters(sized(preset, size)) for size in SIZES}
     times = {size: number / parameters["base"] for size, number in parameters.items()}
 
@@ -108,8 +109,8 @@ def steps(preset):
         # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
         add(f"{me}/reference", 7, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
         add(f"{me}/oracle", 12, "oracle.py", me, **reference)
-        add(f"{me}/routers", 15, "router.py", me, **mine)
-        add(f"{me}/zoo", 15, "router.py", me, name="all", budget="2,4,6,8", **mine)
+        add(f"{me}/routers", 15, "router.py", me, **mine, **few)
+        add(f"{me}/zoo", 40, "router.py", me, name="all", budget="2,4,6,8", **mine, **few)
         add(f"{me}/effects", 3, "effects.py", me)
         add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
         add(f"{me}/freeze", 2, "train.py", f"{me}_freeze", train_route="big_then_small", **mine)
@@ -120,7 +121,7 @@ def steps(preset):
                 big_width=dense_width(base, share), **mine)
         add(f"{me}/noskip", 3, "train.py", f"{me}_noskip", skip_every=0, **mine)
         for k in BUDGETS:
-            found.append((f"{me}/joint_k{k}", 8, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
+            found.append((f"{me}/joint_k{k}", 11, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
                                                   f"--seed={seed}"]))
         for size in SIZES:
             folder = me if size == "base" else f"{me}_{size}"
