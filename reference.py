@@ -10,13 +10,14 @@ seed1, seed2 and seed3 may run side by side (but no step twice at once). A step 
 command, for each of these scripts resumes. Of one seed, in order:
     train .. analyze    the base and its dense reference, oracle (3 ways on a sample), routers, zoo, F1..F12
     dense.., noskip     Fig. 8: dense models with the FLOPs of Duo at a share of BIG; Duo that never skipped
-    joint_k..           router and base together against dense models: results/joint_study.py
+    joint_k..           router and base together against dense models (results/joint_study.py)
     narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter; their oracles by dp
 
 Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
 device, commit, torch}. Made at the end: findings.json and zoo.json, each claim with its effect on every base seed;
 joint/*_joint*.json; ablations.json: Duo against dense models (paper, Fig. 8), what skips in training cost and buy, the
-oracle's gain against size. Minutes are those of one H100, the gpu preset, with nothing else on it.
+oracle's gain against size (the default corpus holds 45 M tokens: the larger a model, the more often it sees them).
+Minutes are estimates for one H100, the gpu preset, with nothing else on it.
 """
 import json
 import shlex
