@@ -1,50 +1,58 @@
 """The reference study: what README and the report say of the gpu preset, made again by one command.
 
-    python reference.py --list             the steps, their commands and expected minutes; nothing is run
+    python reference.py --list             the steps, their expected minutes and commands; nothing is run
     python reference.py                    all of them, in order; what is finished is skipped, what was cut goes on
     python reference.py --only=seed2       those whose name begins so: on several GPUs, or machines, one seed each
-    python reference.py --only=collect     from the runs to findings.json (over base seeds) and ablations.json
+    python reference.py --only=collect     only the study's own files, from the steps that are finished
 
-It is a plain list of this project's own commands. A step that trains needs only the steps of its own name's first
-part (scale also those of seed1, seed2 and seed3), so seed1, seed2, seed3, joint, dense and skip may run side by
-side. A step that is cut off goes on by the
-same command, for each of these scripts resumes; its output is in <out_dir>/logs/<step>.log.
+It is a plain list of this project's own commands. A step may need earlier ones of its seed, none of another seed, so
+seed1, seed2 and seed3 may run side by side (but no step twice at once). A step that is cut off goes on by the same
+command, for each of these scripts resumes. Of one seed, in order:
+    train .. analyze    the base and its dense reference, oracle (3 ways on a sample), routers, zoo, F1..F12
+    dense.., noskip     Fig. 8: dense models with the FLOPs of Duo at a share of BIG; Duo that never skipped
+    joint_k..           router and base together against dense models (results/joint_study.py)
+    narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter; their oracles by dp
 
-Files under --out_dir: steps.json, {step: {command, minutes, device, commit, torch}}; findings.json, each claim with its
-effect on every base seed; ablations.json: Duo at p(BIG) against dense models of equal FLOPs (paper, Fig. 8), and the
-oracle's gain against size. Minutes are those of one H100 with nothing else on it.
+Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
+device, commit, torch}. Made at the end: findings.json and zoo.json, each claim with its effect on every base seed;
+joint/*_joint*.json; ablations.json: Duo against dense models (paper, Fig. 8), what skips in training cost and buy, the
+oracle's gain against size (the default corpus holds 45 M tokens: the larger a model, the more often it sees them).
+Minutes are estimates for one H100, the gpu preset, with nothing else on it.
 """
-import dataclasses
 import json
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import analyze
 import claims
 import data
 import train
-from common import UserError, arg, find_device, generator, load_run, parse_config, run, write_atomic
-from model import BIG, DuoGPT, random_route
+from common import UserError, arg, find_device, generator, load_run, open_out_dir, parse_config, run, write_atomic
+from model import DuoGPT, random_route
+from results import joint_study
 
+ROOT = Path(__file__).parent
 SEEDS = (1, 2, 3)
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of BIG, of which Fig. 8 compares Duo with a dense model; at 1 it is the full one
-SIZES = {  # of the scale ablation: {name: flags}; the preset's own is seed1
-    "width256": {"n_embd": 256, "n_head": 4}, "width512": {"n_embd": 512, "n_head": 8},
-    "layers6": {"n_layer": 6}, "layers24": {"n_layer": 24},
-}
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of BIG, where Fig. 8 compares Duo with a dense model; at 1 that is the full one
+BUDGETS = (4, 2, 6)  # of joint training
+SIZES = {"base": (1, 1), "narrow": (2 / 3, 1), "wide": (4 / 3, 1), "shallow": (1, 1 / 2), "deep": (1, 2)}
+# of the scale ablation: the preset's width and its layers times these
 
 
 @dataclass
 class ReferenceConfig:
     out_dir: str = arg("out/reference_study", "folder of all its runs")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N; handed on to each step")
-    seed: int = arg(1, "seeds the routes of the ablations' evaluation; the base seeds are 1, 2 and 3")
+    seed: int = arg(1, "seeds the routes that the ablations are evaluated on; the base seeds are 1, 2 and 3")
     preset: str = arg("gpu", "gpu, or another to try the study at its size")
     only: str = arg("", "the steps whose name begins so")
     list: bool = arg(False, "print the steps and their minutes, run nothing")
@@ -53,8 +61,15 @@ class ReferenceConfig:
 PRESETS = {name: {} for name in train.PRESETS}
 
 
-def train_config(preset, **changes):
-    return dataclasses.replace(train.TrainConfig(**train.PRESETS[preset]), **changes)
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps
+
+def sized(preset, size):
+    """-> TrainConfig of a size of the scale ablation: as wide as its heads, of the preset's head width."""
+    base = train.TrainConfig(**train.PRESETS[preset])
+    width, depth = SIZES[size]
+    n_head = round(base.n_head * width)
+    return replace(base, n_head=n_head, n_embd=n_head * base.n_embd // base.n_head, n_layer=round(base.n_layer * depth))
 
 
 def n_parameters(config):
@@ -64,188 +79,282 @@ def n_parameters(config):
 
 
 def dense_width(config, share):
-    """-> the inner width whose FLOPs are those of Duo with a share of BIG: FLOPs are linear in it."""
+    """-> the inner width at which all-BIG costs the FLOPs of Duo with that share of BIG: FLOPs are linear in it."""
     shape = train.model_shape(config, 64)
     return round(shape.small_width + share * (shape.big_width - shape.small_width))
 
 
-def steps(config):
-    """-> [(name, expected minutes, command)]: the study."""
-    out, preset, found = Path(config.out_dir), config.preset, []
+def steps(preset):
+    """-> [(name, expected minutes, command)]: the study. {out} in a command stands for --out_dir."""
+    found, base = [], sized(preset, "base")
 
-    def add(step, minutes, script, out_dir, **flags):
-        flags = {"out_dir": out / out_dir, "preset": preset, "device": config.device} | flags
-        resume = ["--resume"] if script == "train.py" or "joint" in flags else []
-        found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()), *resume]))
+    def add(step, minutes, script, folder, **flags):
+        flags = {"out_dir": f"{{out}}/{folder}", "preset": preset} | flags
+        found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
+                                      *["--resume"] * (script == "train.py")]))
+
+    few = {"steps": 300} if preset == "gpu" else {}  # as README's tables; its 1,500 would take hours a seed
+    parameters = {size: n_parameters(sized(preset, size)) for size in SIZES}
+    times = {size: number / parameters["base"] for size, number in parameters.items()}
+
+    def shape(size):
+        """-> flags: the size, and steps at fixed tokens per parameter"""
+        config = sized(preset, size)
+        return {"n_embd": config.n_embd, "n_head": config.n_head, "n_layer": config.n_layer,
+                "max_steps": round(base.max_steps * times[size])}
+
     for seed in SEEDS:
-        base, mine = f"seed{seed}", {"seed": seed}
-        add(f"{base}/train", 2, "train.py", base, **mine)
-        add(f"{base}/reference", 2, "train.py", f"{base}_reference", train_route="big", seed=seed + 100)
-        add(f"{base}/oracle", 10, "oracle.py", base, reference=out / f"{base}_reference")
-        add(f"{base}/routers", 15, "router.py", base, **mine)
-        add(f"{base}/zoo", 15, "router.py", base, name="all", budget="2,4,6,8", **mine)
-        add(f"{base}/effects", 3, "effects.py", base)
-        add(f"{base}/dense", 2, "train.py", f"{base}_dense", train_route="big", **mine)
-        add(f"{base}/freeze", 2, "train.py", f"{base}_freeze", train_route="big_then_small", **mine)
-        add(f"{base}/analyze", 2, "analyze.py", base, dense=out / f"{base}_dense", freeze=out / f"{base}_freeze")
-    for share in SHARES:
-        width = dense_width(train_config(preset), share)
-        for seed in SEEDS:
-            add(f"dense/{share:g}_seed{seed}", 1.5, "train.py", f"dense{share:g}_seed{seed}", train_route="big",
-                big_width=width, seed=seed)
-    for k in (4, 2, 6):
-        found.append((f"joint/k{k}", 18, ["results/joint_study.py", preset, str(k)]))
-    for seed in SEEDS:
-        add(f"skip/none_seed{seed}", 2, "train.py", f"noskip_seed{seed}", skip_every=0, seed=seed)
-    whole = n_parameters(train_config(preset))
-    for name, flags in SIZES.items():
-        own = train_config(preset, **flags)
-        n_steps = round(own.max_steps * n_parameters(own) / whole)  # fixed tokens per parameter
-        minutes = 2 * (n_parameters(own) / whole) ** 2
-        for seed in SEEDS:
-            add(f"scale/{name}_seed{seed}", minutes, "train.py", f"{name}_seed{seed}", max_steps=n_steps, seed=seed,
-                **flags)
-            # 24 layers have too many routes for exhaustive search; the same search for all sizes, so that they compare
-            for criterion in ("label", "expected"):
-                add(f"scale/{name}_{criterion}_seed{seed}", 2, "oracle.py", f"{name}_seed{seed}", search="dp",
-                    context="frozen", criterion=criterion, reference=out / f"seed{seed}_reference")
-    for seed in SEEDS:
-        for criterion in ("label", "expected"):
-            add(f"scale/base_{criterion}_seed{seed}", 2, "oracle.py", f"seed{seed}", search="dp", context="frozen",
-                criterion=criterion, reference=out / f"seed{seed}_reference")
+        me, mine = f"seed{seed}", {"seed": seed}
+        reference = {"reference": f"{{out}}/{me}_reference"}
+        add(f"{me}/train", 3, "train.py", me, **mine)
+        # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
+        add(f"{me}/reference", 7, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
+        add(f"{me}/oracle", 12, "oracle.py", me, **reference)
+        add(f"{me}/routers", 15, "router.py", me, **mine, **few)
+        add(f"{me}/zoo", 40, "router.py", me, name="all", budget="2,4,6,8", **mine, **few)
+        add(f"{me}/effects", 3, "effects.py", me)
+        add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
+        add(f"{me}/freeze", 2, "train.py", f"{me}_freeze", train_route="big_then_small", **mine)
+        add(f"{me}/analyze", 2, "analyze.py", me, dense=f"{{out}}/{me}_dense", freeze=f"{{out}}/{me}_freeze")
+
+        for share in SHARES:
+            add(f"{me}/dense{share:g}", 2, "train.py", f"{me}_dense{share:g}", train_route="big",
+                big_width=dense_width(base, share), **mine)
+        add(f"{me}/noskip", 3, "train.py", f"{me}_noskip", skip_every=0, **mine)
+        for k in BUDGETS:
+            found.append((f"{me}/joint_k{k}", 11, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
+                                                  f"--seed={seed}"]))
+        for size in SIZES:
+            folder = me if size == "base" else f"{me}_{size}"
+            if size != "base":
+                add(f"{me}/{size}", 1 + 2 * times[size] ** 2, "train.py", folder, **shape(size), **mine)  # steps x time
+            for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
+                add(f"{me}/{size}_{criterion}", 2, "oracle.py", folder, search="dp", context="frozen",
+                    criterion=criterion, **reference)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# from the runs to the study's own files
-
-@torch.no_grad()
-def losses_at(folder, shares, device, seed):
-    """-> {share: losses per sequence [S]} of a run on its validation windows: random routes with that share of BIG,
-    exact in each sequence and layer, as in training; None: all tokens BIG."""
-    model, shape, rest = load_run(folder, device)
-    corpus = data.load(Path(rest["corpus"]))
-    own, result = train.TrainConfig(**rest["train_config"]), {}
-    parts = [train.validation_windows(corpus, own, domain) for domain in corpus.domains]
-    x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    for share in shares:
-        route = BIG
-        if share is not None:
-            route = random_route(len(x), shape.block_size, shape.n_layer, 0.0, share,
-                                 generator("cpu", seed, "reference", "route"))
-        result[share] = analyze.batch_losses(model, x, y, route)
-    return result
-
-
-def fig8(config, device):
-    """Duo at each share of BIG minus the dense model of as many FLOPs: mean over base seeds, paired on their text."""
-    out, found = Path(config.out_dir), []
-    duo = [losses_at(out / f"seed{seed}", (*SHARES, 1.0), device, config.seed) for seed in SEEDS]
-    skips = [losses_at(out / f"noskip_seed{seed}", (*SHARES, 1.0), device, config.seed) for seed in SEEDS]
-    for share in (*SHARES, 1.0):
-        runs = [out / (f"dense{share:g}_seed{seed}" if share < 1 else f"seed{seed}_dense") for seed in SEEDS]
-        dense = [losses_at(folder, (None,), device, config.seed)[None] for folder in runs]
-        gaps = [mine[share] - other for mine, other in zip(duo, dense, strict=True)]
-        without = [mine[share] - other[share] for mine, other in zip(duo, skips, strict=True)]
-        found.append({"p_big": share, "duo": [float(mine[share].mean()) for mine in duo],
-                      "dense": [float(other.mean()) for other in dense],
-                      "duo - dense": claims.interval(sum(gaps) / len(SEEDS)),
-                      "deviation over seeds": statistics.stdev(float(gap.mean()) for gap in gaps),
-                      "duo - trained without skip": claims.interval(sum(without) / len(SEEDS))})
-    return found
-
-
-def scale(config):
-    """The gain over all-BIG, nats, of the oracle and of the expected-loss oracle (what could be foreseen), for each
-    size: dp, frozen context, at a sixth, a third and half of the layers BIG."""
-    found = []
-    for name in ("seed", *(f"{size}_seed" for size in SIZES)):
-        for seed in SEEDS:
-            folder = Path(config.out_dir) / f"{name}{seed}"
-            with open(folder / "oracle.json") as file:
-                report = json.load(file)
-            shape = json.loads((folder / "config.json").read_text())
-            L, gain = shape["n_layer"], {}
-            for oracle, search in (("label", "sb_frozen_dp"), ("expected", "sb_frozen_dp_expected")):
-                by_k = {row["budget"]: row["loss"] for row in report["searches"][search]["rows"]
-                        if row["domain"] == "all"}
-                gain[oracle] = {share: by_k[str(L)] - by_k[str(L // part)]
-                                for share, part in (("1/6", 6), ("1/3", 3), ("1/2", 2))}
-            found.append({"n_layer": L, "n_embd": shape["n_embd"], "seed": seed, "gain": gain})
-    return found
-
-
-def findings(config):
-    """Each claim over the base seeds: effects, their spread, and one verdict (that of all seeds, or undecided)."""
-    lines = [json.loads((Path(config.out_dir) / f"seed{seed}" / "findings.json").read_text()) for seed in SEEDS]
-    found = []
-    for line in lines[0]:
-        same = [other for of_seed in lines for other in of_seed
-                if (other["id"], other.get("router")) == (line["id"], line.get("router"))]
-        tested = [other for other in same if other["verdict"] != "not tested"]
-        effects, verdicts = [other["effect"] for other in tested], {other["verdict"] for other in same}
-        found.append({key: line.get(key) for key in ("id", "claim", "router", "unit", "command")} | {
-            "base_seeds": list(SEEDS), "effects": effects, "cis": [other["ci"] for other in tested],
-            "effect": statistics.mean(effects) if effects else None,
-            "deviation": statistics.stdev(effects) if len(effects) > 1 else None,
-            "verdict": verdicts.pop() if len(verdicts) == 1 else "undecided"})
-    return found
-
-
-def collect(config):
-    out, device = Path(config.out_dir), find_device(config.device)
-    write_atomic(out / "findings.json", json.dumps(findings(config), indent=1).encode())
-    ablations = {"fig8": fig8(config, device), "scale": scale(config), "seeds": SEEDS, "torch": torch.__version__,
-                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-    write_atomic(out / "ablations.json", json.dumps(claims.without_nan(ablations), indent=1).encode())
-    print(f"done: {out}/findings.json and {out}/ablations.json")
 
 
 def commit():
     """-> the commit that is checked out, with + where files differ from it; empty outside git."""
     def git(*words):
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
         return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
+def record(out, name, suffix="json"):
+    """A file for each step: processes that work side by side have none in common."""
+    return out / "steps" / f"{name.replace('/', '_')}.{suffix}"
+
+
+def finished(out, planned):
+    """-> {name: its record} of those steps. Raises UserError where one was made by another command than today's."""
+    found = {}
+    for name, _, command in planned:
+        path = record(out, name)
+        if path.exists():
+            found[name] = json.loads(path.read_text())
+            if found[name]["command"] != command:
+                raise UserError(f"{path}: was made by `python {shlex.join(found[name]['command'])}`, which is not this "
+                                "study's command; choose another --out_dir, or delete this file and what it made")
+    return found
+
+
+def execute(command, log):
+    """Run a command, its output to the end of `log` -> its exit code, and whether we were told to stop meanwhile. The
+    step then saves and leaves by itself, and we wait for that. (Ctrl-C reaches it, too; SIGTERM is handed on.)"""
+    stopped = []
+    with open(log, "ab") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def stop(number, _):
+        stopped.append(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait(), bool(stopped)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def last_line(log):
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "no output").split("\r")[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from the runs to the study's own files
+
+@torch.no_grad()
+def losses_at(folder, shares, config):
+    """A run on its validation windows -> [losses per sequence [S]], one for each (share of SKIP, share of BIG of the
+    rest), routes random and exact as in training. The same routes for runs of one shape and text."""
+    device = find_device(config.device)
+    model, shape, rest = load_run(folder, device)
+    model.compute_dtype = torch.float32
+    corpus, own = data.load(Path(rest["corpus"])), train.TrainConfig(**rest["train_config"])
+    parts = [train.validation_windows(corpus, own, domain) for domain in corpus.domains]
+    x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return [analyze.batch_losses(model, x, y, random_route(
+        len(x), shape.block_size, shape.n_layer, *share, generator("cpu", config.seed, "reference", "route")))
+            for share in shares]
+
+
+def over_seeds(first, second):
+    """Two lists of losses [S], one array a base seed -> their means, and that of the difference: with its interval over
+    sequences (paired, their mean over seeds), and its deviation over seeds."""
+    gaps = [a - b for a, b in zip(first, second, strict=True)]
+    return {"losses": [[float(each.mean()) for each in side] for side in (first, second)],
+            "difference": claims.interval(np.mean(gaps, 0)),
+            "deviation_over_seeds": statistics.stdev(float(gap.mean()) for gap in gaps)}
+
+
+def fig8(config):
+    """Duo at each share of BIG against the dense model of as many FLOPs."""
+    out, found, shares = Path(config.out_dir), [], (*SHARES, 1.0)
+    duo = [losses_at(out / f"seed{seed}", [(0.0, share) for share in shares], config) for seed in SEEDS]
+    for i, share in enumerate(shares):
+        name = f"dense{share:g}" if share < 1 else "dense"
+        dense = [losses_at(out / f"seed{seed}_{name}", [(0.0, 1.0)], config)[0] for seed in SEEDS]
+        found.append({"p_big": share, "duo - dense": over_seeds([each[i] for each in duo], dense)})
+    return found
+
+
+def skips(config):
+    """Trained with skips against without: on routes of two choices, on three, and on BIG or SKIP."""
+    out, found = Path(config.out_dir), []
+    shares = [*((0.0, share) for share in (*SHARES, 1.0)), (1 / 3, 1 / 2), (1 / 2, 1.0)]
+    with_skip, without = ([losses_at(out / f"seed{seed}{end}", shares, config) for seed in SEEDS]
+                          for end in ("", "_noskip"))
+    for i, (p_skip, p_big) in enumerate(shares):
+        found.append({"p_skip": p_skip, "p_big_of_the_rest": p_big,
+                      "with - without": over_seeds([each[i] for each in with_skip], [each[i] for each in without])})
+    return found
+
+
+def scale(config):
+    """The oracle's gain over all-BIG for each size, nats, and what of it could be foreseen (the expected-loss
+    oracle's): dp, frozen context, at any number of BIG and at a sixth, a third and half of the layers."""
+    found = []
+    for size in SIZES:
+        shape, gains = sized(config.preset, size), {}
+        for criterion, ending in (("label", ""), ("expected", "_expected")):
+            runs = []
+            for seed in SEEDS:
+                folder = f"seed{seed}" if size == "base" else f"seed{seed}_{size}"
+                with np.load(Path(config.out_dir) / folder / "oracle" / f"sb_frozen_dp{ending}.npz") as file:
+                    runs.append(dict(zip(file["labels"].tolist(), file["losses"].mean(-1, dtype=np.float64))))
+            L = shape.n_layer
+            gains[criterion] = {share: over_seeds([each[str(L)] for each in runs], [each[label] for each in runs])
+                                for share, label in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)),
+                                                     ("1/2", str(L // 2)))}
+        found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape),
+                      "all-BIG - oracle": gains["label"], "all-BIG - expected-loss oracle": gains["expected"]})
+    return found
+
+
+def findings(config, name, keys=("id", "router")):
+    """Each line of the base seeds' files of that name -> its effects, their spread, and one verdict: that of all seeds,
+    else undecided."""
+    lines = [json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text()) for seed in SEEDS]
+    groups = {}
+    for of_seed in lines:
+        for line in of_seed:
+            groups.setdefault(tuple(line.get(key) for key in keys), []).append(line)
+    found = []
+    for same in groups.values():
+        tested = [line for line in same if line["effect"] is not None]
+        effects, verdicts = [line["effect"] for line in tested], {line["verdict"] for line in same}
+        agreed = len(verdicts) == 1 and len(same) == len(SEEDS)
+        found.append({key: same[0][key] for key in (*keys, "claim", "unit", "command") if key in same[0]} | {
+            "base_seeds": len(same), "effects": effects, "cis": [line["ci"] for line in tested],
+            "effect": statistics.mean(effects) if effects else None,
+            "deviation": statistics.stdev(effects) if len(effects) > 1 else None,
+            "verdicts": [line["verdict"] for line in same], "verdict": verdicts.pop() if agreed else "undecided"})
+    return found
+
+
+def collect(config, planned):
+    """Write what the finished steps are enough for, and name what is missing for the rest."""
+    out = Path(config.out_dir)
+    done = finished(out, planned)
+
+    def lacks(what, *endings):
+        """Are these steps of all seeds finished? Else say which one is not."""
+        missing = [f"seed{seed}/{ending}" for seed in SEEDS for ending in endings
+                   if f"seed{seed}/{ending}" not in done]
+        if missing:
+            print(f"{what}: left out, for {missing[0]} is not finished ({len(missing)} such steps)")
+        return bool(missing)
+
+    def write(path, result):
+        write_atomic(path, json.dumps(claims.without_nan(json.loads(json.dumps(result))), indent=1).encode())
+        print(f"done: {path}")
+
+    if not lacks("findings.json", "analyze"):
+        write(out / "findings.json", findings(config, "findings.json"))
+    if not lacks("zoo.json", "effects"):
+        write(out / "zoo.json", findings(config, "zoo.json", ("system",)))
+    for k in BUDGETS:
+        if not lacks(f"joint training at k={k}", f"joint_k{k}"):
+            joint_study.main([config.preset, str(k), f"--out_dir={out / 'joint'}", f"--device={config.device}"])
+    parts = {"fig8": (fig8, ("train", "dense", *(f"dense{share:g}" for share in SHARES))),
+             "skip": (skips, ("train", "noskip")),
+             "scale": (scale, [f"{size}_{criterion}" for size in SIZES for criterion in ("label", "expected")])}
+    ablations = {name: make(config) for name, (make, needed) in parts.items() if not lacks(name, *needed)}
+    if ablations:
+        write(out / "ablations.json", ablations | {"seeds": SEEDS} | about(config))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command
+
+def about(config):
+    device = find_device(config.device)
+    return {"preset": config.preset, "commit": commit(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+
+
 def main(argv=None):
     config = parse_config(ReferenceConfig, argv, PRESETS)
-    out = Path(config.out_dir)
-    done_path = out / "steps.json"
-    done = json.loads(done_path.read_text()) if done_path.exists() else {}
-    chosen = [step for step in steps(config) if step[0].startswith(config.only)]
-    collecting = "collect".startswith(config.only) or config.only == "collect"
+    out, planned, here = Path(config.out_dir), steps(config.preset), about(config)
+    done = finished(out, planned)
+    chosen = [step for step in planned if step[0].startswith(config.only)]
+    collecting = "collect".startswith(config.only)
     if not chosen and not collecting:
         raise UserError(f"--only={config.only}: no step begins so; see `python reference.py --list`")
-    for name, minutes, command in chosen:
-        state = f"done in {done[name]['minutes']:.1f}" if name in done else f"{minutes:.1f}"
-        print(f"{name:<32}{state:>14} min   python {' '.join(command)}")
-    left = sum(minutes for name, minutes, _ in chosen if name not in done)
-    print(f"about {left:.0f} minutes are left on an H100 ({len(chosen)} steps)")
+    commands = {name: [part.replace("{out}", str(out)) for part in command] for name, _, command in chosen}
+    for name, minutes, _ in chosen:
+        state = f"took {done[name]['minutes']:.1f}" if name in done else f"{minutes:.0f}"
+        print(f"{name:<24}{state:>10} min   python {shlex.join(commands[name])}")
+    left = [minutes for name, minutes, _ in chosen if name not in done]
+    print(f"{len(left)} of {len(chosen)} steps are left: about {sum(left):.0f} minutes on one H100, the gpu preset. "
+          f"Here: {here['device']}, the {config.preset} preset")
     if config.list:
         return 0
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    device = find_device(config.device)
-    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "commit": commit(),
-             "torch": torch.__version__}
-    for name, _, command in chosen:
-        if name in done:
+    (open_out_dir(out) / "steps").mkdir(exist_ok=True)
+    for number, (name, _, command) in enumerate(chosen, 1):
+        if record(out, name).exists():
             continue
-        print(name, flush=True)
-        start, log = time.time(), out / "logs" / f"{name.replace('/', '_')}.log"
-        with open(log, "ab") as file:
-            code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT).returncode
+        print(f"{time.strftime('%H:%M')} {name} ({number} of {len(chosen)})", flush=True)
+        start, log = time.time(), record(out, name, "log")
+        script, *flags = commands[name]
+        code, stopped = execute([sys.executable, str(ROOT / script), *flags, f"--device={config.device}"], log)
+        if code == 0:
+            minutes = round((time.time() - start) / 60, 2)  # of this call: where it was cut, not all of it
+            write_atomic(record(out, name), json.dumps({"command": command, "minutes": minutes} | here).encode())
+        if stopped or code == 130:
+            print(f"interrupted in {name}; the same command goes on from there", file=sys.stderr)
+            return 130
         if code:
-            print(f"{name}: exit code {code}, see {log}; the same command goes on from here", file=sys.stderr)
-            return 130 if code in (130, -2) else 1
-        done = json.loads(done_path.read_text()) if done_path.exists() else {}  # another process may have added some
-        done[name] = {"command": "python " + " ".join(command), "minutes": (time.time() - start) / 60} | about
-        write_atomic(done_path, json.dumps(done, indent=1).encode())
-    if collecting and all(name in done for name, *_ in steps(config)):
-        collect(config)
+            raise UserError(f"{name}: ended with exit code {code}: {last_line(log)} (all of it: {log}); with that "
+                            "mended, the same command goes on from there")
+    if collecting:
+        collect(config, planned)
     return 0
 
 

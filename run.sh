@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # bash run.sh             set up, then run the pipeline with the preset that fits this machine
 # bash run.sh test        set up, then run the tests (arguments go to pytest, say: bash run.sh test -m slow)
+# bash run.sh reference   set up, then make the reference study (arguments go to reference.py, say: --list)
 # bash run.sh setup       set up only
 set -euo pipefail
 cd "$(dirname "$0")"
 
 case "${1-}" in
-    ""|test|setup) ;;
-    -h|--help) sed -n '2,4s/^# //p' run.sh; exit 0 ;;
-    *) echo "run.sh: error: unknown argument $1: use none, test, or setup" >&2; exit 2 ;;
+    ""|test|reference|setup) ;;
+    -h|--help) sed -n '2,5s/^# //p' run.sh; exit 0 ;;
+    *) echo "run.sh: error: unknown argument $1: use none, test, reference, or setup" >&2; exit 2 ;;
 esac
 
 # The environment is made once, and again when requirements.txt has changed. PYTHON chooses the interpreter.
@@ -33,4 +34,5 @@ case "${1-}" in
           echo "for more: source $venv/bin/activate, then python sample.py --compare"
           "$venv/bin/python" analyze.py ;;  # its last line is the report's path
     test) shift; "$venv/bin/python" -m pytest "$@" ;;
+    reference) shift; "$venv/bin/python" reference.py "$@" ;;
 esac
