@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 README, ZOO = ((ROOT / name).read_text() for name in ("README.md", "ZOO.md"))
 TEXT, ZOO_TEXT = (" ".join(page.split()) for page in (README, ZOO))  # sentences, however their lines are broken
 CONFIGS = {"train": "TrainConfig", "sample": "SampleConfig", "bench": "BenchConfig", "data": "DataConfig",
-           "oracle": "OracleConfig", "router": "RouterConfig", "analyze": "AnalyzeConfig", "effects": "EffectsConfig"}
+           "oracle": "OracleConfig", "router": "RouterConfig", "analyze": "AnalyzeConfig", "effects": "EffectsConfig",
+           "reference": "ReferenceConfig"}
 COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+\.py[^`|#\n]*)", README + ZOO)))
 
 
@@ -46,7 +47,7 @@ def test_flags_exist():
 
 
 def test_run_sh_knows_its_commands():
-    assert set(re.findall(r"bash run\.sh(?: (\w+))?", README)) == {"", "test"}
+    assert set(re.findall(r"bash run\.sh(?: (\w+))?", README)) == {"", "test", "reference"}
     done = subprocess.run(["bash", "-n", ROOT / "run.sh"], check=False)
     assert done.returncode == 0
 
