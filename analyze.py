@@ -541,7 +541,7 @@ def zoo_table(lines):
     rows = []
     for system in [name for name in zoo_figures.SYSTEMS if name in lines]:
         line = lines[system]
-        effect = f"{zoo_figures.shown(line)}, {line['unit']}; {zoo_figures.better(system)}"
+        effect = f"{zoo_figures.shown(line)}, {line['unit']}; above 0 is better"
         rows.append(
             f'<tr><th scope="row">{system}</th><td data-label="claim">{html.escape(line["claim"])}</td>'
             f'<td data-label="verdict"><span class="verdict {line["verdict"]}">{line["verdict"]}</span></td>'

@@ -588,7 +588,8 @@ def at_one_budget(r, names, budget=None):
     common = set.intersection(*(set(found.get(name, {})) for name in names))
     if not common:
         raise UserError(f"{r.config.out_dir}/routers: this needs {' and '.join(names)} at one budget; make them with "
-                        f"`python router.py --name={','.join(names)} --budget={4 if budget is None else budget:g}`")
+                        f"`python router.py --name={','.join(names)} --budget={4 if budget is None else budget:g} "
+                        f"--out_dir={r.config.out_dir}`")
     return min(common), {name: found[name][min(common)] for name in names}
 
 
@@ -685,11 +686,9 @@ def rewire(r, windows, config):
     made = routers["rewire_prose"][0]
     detail |= {"every": m, "rate": made.rate, "flops": made.flops(), "flops_without": gates.Router.flops(made),
                "flops_all_big": r.exact.flops(BIG)}
-    effect = claims.interval(headline)
-    return {"claim": "a delta learned on the document so far lowers the loss on a domain the router has not seen",
-            "paper": "HumanEval +5.5% on OLMoE, about twice the time (arXiv 2510.14853)", "effect": effect[0],
-            "ci": list(effect[1:]), "unit": "nats", "verdict": claims.verdict([claims.below(effect, 0)]),
-            "seeds": len(routers["rewire_prose"]), "sequences": len(headline), "detail": rounded(detail)}
+    return finding("a delta learned on the document so far lowers the loss on a domain the router has not seen",
+                   "HumanEval +5.5% on OLMoE, about twice the time (arXiv 2510.14853)", claims.interval(-headline),
+                   "nats gained", range(1, 1 + len(routers["rewire_prose"])), len(headline), detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,12 +745,10 @@ def lora_mixer(r, windows, config):
         single = "lora_single_few" if name.endswith("_few") else "lora_single"
         if single in losses:
             table[name]["minus_single"] = claims.interval(losses[name] - losses[single])
-    effect = table["lora_mixer"]["minus_single"]
-    return {"claim": "LoRAs that are routed beat one LoRA of the same total rank",
-            "paper": "+3.8 points on GSM8K over other LoRA mixtures with 48% of their parameters (arXiv 2507.00029)",
-            "effect": effect[0], "ci": list(effect[1:]), "unit": "nats",
-            "verdict": claims.verdict([claims.below(effect, 0)]), "seeds": len(routers["lora_mixer"]),
-            "sequences": len(idx), "detail": rounded({"budget": k, "routers": table})}
+    return finding("LoRAs that are routed beat one LoRA of the same total rank",
+                   "+3.8 points on GSM8K over other LoRA mixtures with 48% of their parameters (arXiv 2507.00029)",
+                   claims.interval(losses["lora_single"] - losses["lora_mixer"]), "nats gained",
+                   range(1, 1 + len(routers["lora_mixer"])), len(idx), {"budget": k, "routers": table})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,14 +758,25 @@ EFFECTS = {"rmoe": rmoe, "openmoe": openmoe, "tryage": tryage, "arch": arch, "gl
            "lora_mixer": lora_mixer}  # {system: function(r, windows, config) -> finding}
 
 
+def read(path):
+    """-> the findings of zoo.json, [] where it is not there"""
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except json.JSONDecodeError:
+        raise UserError(f"{path}: is damaged or cut short; delete it, and `python effects.py` makes it anew") from None
+
+
 def main(argv=None):
     config = parse_config(EffectsConfig, argv, PRESETS)
-    names = config.name.split(",") if config.name else list(EFFECTS)
+    names = [name.strip() for name in config.name.split(",")] if config.name else list(EFFECTS)
+    if config.tokens < 0:
+        raise UserError(f"--tokens={config.tokens}: must be 0 or above")
     for name in names:
         if name not in EFFECTS:
             raise UserError(f"--name={name}: no such system; choose from {', '.join(EFFECTS)}")
     r, _, windows = router.start(config)
-    path = Path(config.out_dir) / "zoo.json"
+    path, measured = Path(config.out_dir) / "zoo.json", []
+    read(path)  # damaged? Better said now
     for name in names:
         try:
             line = EFFECTS[name](r, windows, config)
@@ -781,11 +789,13 @@ def main(argv=None):
                  "torch": torch.__version__,
                  "device": torch.cuda.get_device_name(r.device) if r.device.type == "cuda" else "cpu"}
         # Read late: effects of other systems may be measured at the same time.
-        others = json.loads(path.read_text()) if path.exists() else []
-        found = [other for other in others if other["system"] != name] + [claims.without_nan(line)]
+        measured.append(name)
+        found = [other for other in read(path) if other["system"] != name] + [claims.without_nan(line)]
         print(f"{name}: {line['verdict']}. {line['claim']}: {line['effect']:.4f} "
               f"({line['ci'][0]:.4f}..{line['ci'][1]:.4f}) {line['unit']}")
         write_atomic(path, json.dumps(found, indent=1).encode())
+    if not measured:
+        raise UserError(f"{config.out_dir}/routers: no system could be measured; the lines above say what each needs")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Router(nn.Module):
     BIG that is asked for: by seq["asked"] [B] while training, by the buffer `asked` afterwards. learns: linear (soft
     mix), gumbel, distilled or advantage."""
 
+    n_domains = 1  # that the corpus must have at least
     serves_all_budgets = False  # True: what it learns does not depend on the budget, only its calibration does
 
     def __init__(self, shape, hidden, choices, share, rng, told=False, learns="gumbel"):

@@ -334,7 +334,7 @@ class DuoGPT(nn.Module):
     def forward(self, idx, route, targets=None, counts=None, cache=None, reduction="mean", return_logits=True,
                 return_stats=False):
         """idx [B, T] int64; route: an int, a pattern [L], a route [B, T, L], or a router, which decides layer by layer:
-        `logits [B, T, 3], state = router(layer, h, state, seq)`, hard choice by argmax (DESIGN: router interface).
+        `logits [B, T, 3], state = router(layer, h, state, seq)`, hard choice by argmax (README: a router of your own).
 
         -> logits [B, T, V] float32, as precise as compute_dtype (None with return_logits=False), loss in nats (None
         without targets [B, T]; a scalar, or [B, T] with reduction="none"); with return_stats=True also a dict:

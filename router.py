@@ -228,6 +228,8 @@ def read_router(path, checkpoint, device):
     if not Path(path).exists():
         raise UserError(f"{path}: no router here; make one with `python router.py --name=mlp --budget=4`, or see the "
                         "folder routers/ of the run")
+    if Path(path).suffix != ".pt":
+        raise UserError(f"{path}: is no router; give a .pt file of the folder routers/")
     saved = load_checkpoint(path, device)
     if "router" not in saved:
         raise UserError(f"{path}: is no router file; give one of the folder routers/ of the run")
@@ -255,7 +257,7 @@ def prove_compiled(model, router, config, budget, texts, step):
     try:
         with router.attached(model):
             router.step_loss(model, config, budget, *texts, step)[0].backward()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # a missing C++ compiler, an unsupported GPU, ...: training must still run
         tqdm.write(f"torch.compile failed ({f'{type(error).__name__}: {error}'.splitlines()[0][:100]}); training goes "
@@ -295,7 +297,7 @@ def train_router(model, config, name, budget, batch, path, checkpoint, bar=None,
     if bar is not None:
         bar.update(step)
     try:
-        if step < config.steps and compiles(config, device):
+        if step < config.steps and compiles(config, device) and router.learns in ("linear", "gumbel"):
             prove_compiled(model, router, config, budget, batch(step), step)
         while step < config.steps:
             for group in optimizer.param_groups:
@@ -626,6 +628,20 @@ def train_jointly(config):
     return 0
 
 
+def can_learn(r, config, name, budget, left_out):
+    """Whether this router can be made here. left_out: say why not in a line, in place of raising UserError."""
+    try:
+        if len(r.domains) < new_router(r.shape, config, name, budget).n_domains:
+            raise UserError(f"--name={name}: learns on one of the corpus's domains, and this corpus has only one; "
+                            "leave it out")
+    except UserError as error:
+        if not left_out:
+            raise
+        print(f"{name}: left out. {error}")
+        return False
+    return True
+
+
 def main(argv=None):
     flags = sys.argv[1:] if argv is None else argv
     if any(flag.startswith("--joint") for flag in flags):
@@ -643,6 +659,7 @@ def main(argv=None):
         for name, choices, text in SHARES[config.preset]:
             own = dataclasses.replace(config, name=name, choices=choices, budget=text)
             jobs += [(own, name, budget) for budget in parse_budgets(text, L, choices)]
+    jobs = [job for job in jobs if can_learn(r, *job, left_out=config.name == "all")]
     print(f"{config.out_dir}: {L} layers, width {r.shape.n_embd}, checkpoint {r.checkpoint}, corpus "
           f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
           f"sequences of {T}")

@@ -224,7 +224,7 @@ class Planned(Router):
             raise UserError("--choices=xsb: this router has patterns of two choices; give sb or xb")
         nn.Module.__init__(self)
         self.choices, self.hidden, self.told, self.learns = config.choices, config.hidden, False, learns
-        self.cheap = SMALL if "s" in config.choices else SKIP
+        self.cheap, self.may_skip = SMALL if "s" in config.choices else SKIP, "x" in config.choices
         self.every = max(1, shape.block_size // 8)  # tokens between two looks at the prompt
         self.register_buffer("shift", torch.zeros(3))
         self.register_buffer("missing", torch.tensor([c not in (self.cheap, BIG) for c in range(3)]))
@@ -561,12 +561,7 @@ class Rewire(Router):
 
 class RewireProse(Rewire):
     """For the effect: learns from the second domain only (prose), so that the first is a shift."""
-    home = 1
-
-    def prepare(self, model, batch, config, budget):
-        if not any((batch(-1 - i)[2] == self.home).any() for i in range(20)):
-            raise UserError("--name=rewire_prose: learns from a corpus's second domain, and this one has none; use "
-                            "--name=rewire")
+    home, n_domains = 1, 2
 
     def step_loss(self, model, config, budget, x, y, domain, step):
         home = domain == self.home

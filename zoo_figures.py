@@ -16,7 +16,6 @@ OURS = {"color": COLOUR["router"], "marker": "D"}
 CONTROL = {"color": COLOUR["router"], "mfc": "none"}
 OTHER = {"color": INK, "mfc": "none"}
 GREY = "#808080"
-BELOW = ("rewire", "lora_mixer")  # effects that are a loss minus the control's: better below 0
 
 
 def parts_of(rows):
@@ -262,13 +261,8 @@ def shown(line):
 
 
 def how_many_seeds(line):
-    n = line["seeds"] if isinstance(line["seeds"], int) else len(line["seeds"])
+    n = len(line["seeds"])
     return f"{n} seed" + "s" * (n != 1)
-
-
-def better(system):
-    """Which sign the claim asks for."""
-    return f"{'below' if system in BELOW else 'above'} 0 is better"
 
 
 def draw(system, title, function, run):
@@ -277,10 +271,10 @@ def draw(system, title, function, run):
     line = need(run["zoo"].get(system), f"zoo.json has no finding on {system} of this checkpoint", command)
     try:
         figure, text = function(line)
-        figure.suptitle(f"{title} {line['verdict'].capitalize()}: {shown(line)}\n{line['unit']}; {better(system)}; "
+        figure.suptitle(f"{title} {line['verdict'].capitalize()}: {shown(line)}\n{line['unit']}; above 0 is better; "
                         f"{line['sequences']} sequences, {how_many_seeds(line)}", fontsize=10)
         return figure, (f"Claim: “{line['claim']}”. The paper: {line['paper']}. Here the claim "
-                        f"{VERDICT[line['verdict']]}: {shown(line)}, {line['unit']}; {better(system)}; "
+                        f"{VERDICT[line['verdict']]}: {shown(line)}, {line['unit']}; above 0 is better; "
                         f"{line['sequences']} sequences, {how_many_seeds(line)}. {text}")
     except LookupError as error:
         raise Missing(f"the finding on {system} in zoo.json is not complete ({error}); make it with `{command}`"

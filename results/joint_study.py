@@ -99,7 +99,8 @@ def main(argv=None):
         (of_equal, flops_equal), (of_full, flops_full) = (dense_losses(folder, file, device)
                                                          for folder in (equal, full))
         losses.append({"joint": of_joint, "equal": of_equal, "full": of_full})
-        seeds.append({"seed": seed, "big_per_token": big, "big_width_equal": width,
+        by_layer = (file["routes"] == BIG).mean((0, 1)).round(3).tolist()
+        seeds.append({"seed": seed, "big_per_token": big, "big_by_layer": by_layer, "big_width_equal": width,
                       "flops": {"joint": flops, "equal": flops_equal, "full": flops_full},
                       "loss": compare(file, losses[-1])})
         print(seed, seeds[-1]["loss"]["all"])

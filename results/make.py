@@ -208,7 +208,7 @@ def effects():
     def shown(line):
         if line is None:
             return "not measured"
-        n = len(line["seeds"]) if isinstance(line["seeds"], list) else line["seeds"]
+        n = len(line["seeds"])
         return (f"{line['verdict']}, {cell((line['effect'], *line['ci']), 4)}, {line['sequences']} sequences, {n} "
                 f"seed{'s' * (n > 1)}")
     return markdown(["system", "claim", "unit", "one H100", "laptop"],

@@ -810,7 +810,8 @@ def test_bad_input(toy, copy, tmp_path):
 
 def test_run_sh_ends_with_the_report():
     script = (Path(analyze.__file__).parent / "run.sh").read_text()
-    steps = re.findall(r"(\w+)\.py", script[script.index("case \"${1-}\" in\n    \"\")"):])
+    pipeline = script[script.index("case \"${1-}\" in\n    \"\")"):]
+    steps = re.findall(r"(\w+)\.py", pipeline[:pipeline.index(";;")])
     assert steps[0] == "train" and steps[-1] == "analyze"
     assert steps.index("oracle") < steps.index("router") < steps.index("analyze")
 

@@ -177,9 +177,11 @@ def zoo_numbers():
             f"({-arch['loss_before_minus_after'][0]:.3f} nats worse after",
             f"each budget: {fixed['tryage'] - fixed['linear']:.3f} nats on the H100",
             f"costs {fixed['glider'] - fixed['linear']:.3f} nats against the local gate",
-            f"They buy {h100['lora_mixer']['routers']['linear']['minus_single'][0]:.3f} nats over",
+            f"are routed, and {h100['lora_mixer']['routers']['linear']['minus_single'][0]:.3f} nats",
+            f"routing is {cpu['lora_mixer']['routers']['lora_mixer_few']['minus_single'][0]:.3f} worse",
             f"is {early[0.1]:.0%} of the way",
-            f"It costs {cpu['rewire']['flops'] / cpu['rewire']['flops_all_big']:.0f} times"]
+            f"It costs {cpu['rewire']['flops'] / cpu['rewire']['flops_all_big']:.0f} times",
+            f"and {rows['rewire_prose', 4]['router_flops'] / 64.49e6:.0f} times on the H100"]
 
 
 def test_numbers_in_the_text():

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,3 +462,19 @@ def test_missing_routers_are_named(finished, tmp_path):
     for name in ("rmoe", "rmoe_np"):
         os.link(run / "routers" / f"{name}_k1_s1.npz", tmp_path / "routers" / f"{name}_k1_s1.npz")
     user_error(lambda: effects.main([*flags, "--name=rmoe"]), "patterns", "python oracle.py")
+
+
+def test_effects_refuse_what_cannot_work(tmp_path):
+    (tmp_path / "zoo.json").write_text("[{")
+    user_error(lambda: effects.read(tmp_path / "zoo.json"), "zoo.json", "damaged")
+    assert effects.read(tmp_path / "none.json") == []
+    user_error(lambda: effects.main(["--tokens=-5"]), "--tokens=-5")
+    user_error(lambda: effects.main(["--name=rmoe, glidr"]), "--name=glidr", "rmoe")
+
+
+def test_all_leaves_out_what_cannot_learn_here(capsys):
+    """--name=all --choices=xsb: systems of two choices say so in a line, the others train."""
+    config, run = dataclasses.replace(DEBUG, choices="xsb"), SimpleNamespace(shape=SHAPE, domains=["a", "b"])
+    kept = {name for name in zoo.KINDS if router.can_learn(run, config, name, (1, None), left_out=True)}
+    assert {"rmoe", "token_id", "capacity", "glider", "rewire"} <= kept and not {"tryage", "arch", "lora_mixer"} & kept
+    assert "tryage: left out. --choices=xsb" in capsys.readouterr().out

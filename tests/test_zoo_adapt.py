@@ -182,8 +182,11 @@ def test_a_shift_is_recovered_after_the_first_chunk(tmp_path):
 
 def test_rewire_prose_sees_only_the_second_domain(model, text):
     made, (x, y) = router.new_router(SHAPE, DEBUG, "rewire_prose", (1, None)), text
-    made.prepare(model, lambda step: (x, y, torch.tensor([0, 0, 0, int(step == -5)])), DEBUG, (1, None))
-    user_error(lambda: made.prepare(model, lambda step: (x, y, torch.zeros(B)), DEBUG, (1, None)), "second domain")
+    run = SimpleNamespace(shape=SHAPE, domains=["text"])
+    user_error(lambda: router.can_learn(run, DEBUG, "rewire_prose", (1, None), left_out=False), "only one")
+    assert not router.can_learn(run, DEBUG, "rewire_prose", (1, None), left_out=True)
+    run.domains.append("more")
+    assert router.can_learn(run, DEBUG, "rewire_prose", (1, None), left_out=False)
     domain = torch.tensor([0, 1, 0, 1])
     plain = router.new_router(SHAPE, DEBUG, "linear", (1, None))
     expected = plain.step_loss(model, DEBUG, (1, None), x[1::2], y[1::2], domain, 0)[0]

@@ -54,7 +54,7 @@ def planted():
         "glider": line("glider", {"s": [0, 1, 4], "domains": ["code", "cpp"], "chosen_s": 4, "best_s_on_mix": 1,
                                   "gains_held_in": [PART, [0.05, 0.04, 0.06]], "gains_held_out": [PART, PART]}),
         "rewire": line("rewire", {"every": 4.0, "flops": 30.0, "flops_all_big": 2.0, "budget": 4.0,
-                                  "code": {"gain": gains, "by_chunk": chunks}}, seeds=1, effect=-0.0217),
+                                  "code": {"gain": gains, "by_chunk": chunks}}, seeds=[1]),
         "lora_mixer": line("lora_mixer", {"budget": 4.0, "routers": {name: {"minus_single": PART} for name in (
             "lora_mixer", "lora_single", "linear", "lora_sharp", "lora_mixer_few", "lora_single_few")}}),
     }
@@ -85,7 +85,7 @@ def test_figure_and_its_message(system):
     for text in (title, caption):
         assert "0.0217 (+0.0117 to +0.0317)" in text and "64 sequences" in text and "olds: " in text
         assert ("1 seed" if system == "rewire" else "2 seeds") in text and "nan" not in text.split()
-        assert ("below" if system in ("rewire", "lora_mixer") else "above") + " 0 is better" in text
+        assert "above 0 is better" in text
     assert "a paper's number" in caption and f"{system} helps" in caption
     for axis in figure.axes:
         assert axis.get_xlabel() or any(label.get_text() for label in axis.get_xticklabels())
