@@ -1,4 +1,4 @@
-"""What routers are made of: the paper's router, the soft mix of a layer's choices, three ways to learn.
+"""What routers are made of: the paper's router, the soft mix of a layer's choices, and what routers learn from.
 
 router.py trains and measures what is built here; zoo.py builds seven more systems from it. A system is a Router that
 changes what it has to: `forward`, which decides; `flops`, what deciding costs; `step_loss`, what it learns from;
@@ -37,7 +37,8 @@ class Router(nn.Module):
         super().__init__()
         self.learns = learns
         L, d = shape.n_layer, shape.n_embd
-        self.hidden, self.choices, self.may_skip = hidden, choices, "x" in choices
+        self.hidden, self.choices = hidden, choices
+        self.may_skip = "x" in choices  # False: model.forward need not wait for the counts before attention
         if hidden:
             self.w_in = nn.Parameter(torch.randn(L, d, hidden, generator=rng) / math.sqrt(d))
             self.b_in = nn.Parameter(torch.zeros(L, hidden))
@@ -71,9 +72,9 @@ class Router(nn.Module):
         others = [p for key, p in self.named_parameters() if key not in ("w_in", "w_out")]
         return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-    def prepare(self, model, draw, config, budget):
-        """Fit what is not learned by gradients, once, before the first step. draw: n -> x, y [n, T], domain [n], of
-        training text."""
+    def prepare(self, model, batch, config, budget):
+        """Fit what is not learned by gradients, once, before the first step; it must end in buffers. batch: step -> x,
+        y [B, T], domain [B] of training text; steps below 0 are no training's."""
 
     def attached(self, model):
         """-> a context in which `model` is what this router routes: for systems that change it, or read it."""
@@ -111,7 +112,7 @@ def shares(n_layer, choices, n_big, n_skip):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# three ways to learn
+# what they learn from: the soft mix, Gumbel draws, labels
 
 def soft_gate(logits, tau):
     """-> weights of the mix [B, T, 3], shares for the budget loss: P = softmax(logits / tau), both."""

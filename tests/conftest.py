@@ -6,6 +6,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import UserError
+from model import DuoConfig, DuoGPT
+
+SHAPE = DuoConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=40)  # of the routers' tests
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +33,16 @@ def nothing_compiled_before():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    """A random base of SHAPE whose FFNs matter: large weights."""
+    model = DuoGPT(SHAPE).init_weights(torch.Generator().manual_seed(1))
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            weight.data *= 3
+    return model.eval().requires_grad_(False)
 
 
 def user_error(call, *parts):

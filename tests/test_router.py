@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import user_error
+from conftest import SHAPE, user_error
 from test_train import differences, write_texts
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,20 +28,9 @@ from gates import Router, budget_loss, mixed_forward, soft_gate
 from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, random_route
 from router import NAMES, RouterConfig
 
-SHAPE = DuoConfig(n_layer=3, n_head=2, n_embd=16, block_size=12, vocab_size=40)
 L, T, B = SHAPE.n_layer, SHAPE.block_size, 4
 DEBUG = RouterConfig(**router.PRESETS["debug"])
 DOMAIN = torch.zeros(B, dtype=torch.int64)
-
-
-@pytest.fixture
-def model():
-    """A random base whose FFNs matter: large weights."""
-    model = DuoGPT(SHAPE).init_weights(torch.Generator().manual_seed(1))
-    for name, weight in model.named_parameters():
-        if "norm" not in name:
-            weight.data *= 3
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import user_error
-from test_router import DEBUG, SHAPE, TINY, planted_model
+from conftest import SHAPE, user_error
+from test_router import DEBUG, TINY, planted_model
 from test_train import write_texts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,19 +19,9 @@ import oracle
 import router
 import train
 import zoo
-from model import BIG, SMALL, DuoConfig, DuoGPT, KVCache
+from model import BIG, SMALL, DuoConfig, KVCache
 
 L, T, B = SHAPE.n_layer, SHAPE.block_size, 4
-
-
-@pytest.fixture
-def model():
-    """A random base whose FFNs matter: large weights."""
-    model = DuoGPT(SHAPE).init_weights(torch.Generator().manual_seed(1))
-    for name, weight in model.named_parameters():
-        if "norm" not in name:
-            weight.data *= 3
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import user_error
-from test_router import SHAPE, B, L, T, planted_model, stats_of
+from conftest import SHAPE, user_error
+from test_router import B, L, T, planted_model, stats_of
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,16 +18,6 @@ from model import BIG, SMALL, DuoConfig, DuoGPT, KVCache
 from oracle import file_hash
 
 DEBUG = router.RouterConfig(**router.PRESETS["debug"])
-
-
-@pytest.fixture
-def model():
-    """A random base whose FFNs matter: large weights."""
-    model = DuoGPT(SHAPE).init_weights(torch.Generator().manual_seed(1))
-    for name, weight in model.named_parameters():
-        if "norm" not in name:
-            weight.data *= 3
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture
