@@ -405,6 +405,22 @@ def read_tokens(path, vocab_hash):
 # ---------------------------------------------------------------------------------------------------------------------
 # prepare and load
 
+@contextlib.contextmanager
+def appearing_whole(folder):
+    """-> a temporary folder to fill; it becomes `folder`, whole, at the end, and is gone where filling fails."""
+    temporary = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", folder.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def prepare(corpus="python", tokenizer="bpe", vocab_size=4096, corpus_mb=0, data_dir="data"):
     """-> Path of the prepared corpus; it is prepared now if it is not there. The folder appears under its name only
     when it is whole. Raises UserError for bad values, a missing or unsuitable text, a failed download."""
@@ -440,17 +456,8 @@ def prepare(corpus="python", tokenizer="bpe", vocab_size=4096, corpus_mb=0, data
         documents, left_out = text_documents(contents, None, corpus_mb)
         left_out["not text"] = binary
 
-    temporary = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", data_dir))
-    try:
+    with appearing_whole(folder) as temporary:
         summary = build(temporary, folder.name, f"--corpus={corpus}", documents, left_out, tokenizer, vocab_size)
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"prepared {folder}: {summary}, in {time.time() - start:.0f} s")
     return folder
 
@@ -575,8 +582,7 @@ def extra_domain(name, corpus):
         kept = fill_budget({key: len(text.encode()) for key, text in texts.items()}, EXTRA_MB)
         documents = [(key, {name: texts[key]}) for key in kept if texts[key].strip()]
         val = choose_validation(documents)
-        temporary = Path(tempfile.mkdtemp(".tmp", f"{folder.name}.", corpus.folder))
-        try:
+        with appearing_whole(folder) as temporary:
             with progress(None, f"encoding {name}", len(documents)) as bar:
                 for split, keys in (("train", {key for key, _ in documents} - val), ("val", val)):
                     write_tokens(temporary / f"{split}.bin", [texts[key] for key in sorted(keys)], corpus.encoding,
@@ -586,14 +592,6 @@ def extra_domain(name, corpus):
             write_atomic(temporary / "meta.json", json.dumps({
                 "name": name, "torch": torch.__version__, "fingerprint": fingerprint,
                 "train_files": len(documents) - len(val), "val_files": len(val)}, indent=1).encode())
-            os.chmod(temporary, 0o755)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                if not (folder / "meta.json").exists():  # else another process was faster, with the same content
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     try:
         fingerprint = json.loads((folder / "meta.json").read_bytes())["fingerprint"]
     except (ValueError, KeyError):

@@ -337,15 +337,15 @@ def without_place(r, made, idx):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tryage, Arch-Router, GLIDER: what they share
 
-def routers_of(r, config, name):
+def routers_of(r, name):
     """-> {(budget, seed): Router}: the run's {SMALL, BIG} routers of that name. UserError where there is none."""
-    folder, found = Path(config.out_dir) / "routers", {}
+    folder, found = Path(r.config.out_dir) / "routers", {}
     for path in sorted(folder.glob(f"{name}_k*.pt")):
         if match := re.fullmatch(rf"{name}_k([\d.]+)_s(\d+)", path.stem):
             found[float(match[1]), int(match[2])] = router.load_router(path, r.checkpoint, r.shape, r.device)[0]
     if not found:
         raise UserError(f"{folder}: no {name} router here; make one with `python router.py --name={name} --budget=4 "
-                        f"--out_dir={config.out_dir}`")
+                        f"--out_dir={r.config.out_dir}`")
     return found
 
 
@@ -386,8 +386,8 @@ def tryage(r, windows, config):
     on these windows. And what the head knows: how often it picks the pattern that is best for the token, and R^2 (over
     what each pattern's own mean explains) of advantages and, for the control, of raw losses."""
     x, y, L = windows[0].to(r.device), windows[1].to(r.device), r.shape.n_layer
-    heads = {seed: made for (_, seed), made in one_per_seed(routers_of(r, config, "tryage")).items()}
-    lines = {key: made for key, made in routers_of(r, config, "linear").items() if key[1] in heads}
+    heads = {seed: made for (_, seed), made in one_per_seed(routers_of(r, "tryage")).items()}
+    lines = {key: made for key, made in routers_of(r, "linear").items() if key[1] in heads}
     if not lines:
         raise UserError(f"{config.out_dir}/routers: no linear router with a seed of the tryage ones; make one with "
                         f"`python router.py --name=linear --budget=4 --seed={min(heads)} --out_dir={config.out_dir}`")
@@ -426,14 +426,13 @@ def tryage(r, windows, config):
                       "loss_best_pattern": losses.mean((0, 1)).min().item(),
                       "loss_oracle_in_library": losses.amin(-1).mean().item()})
     gain = claims.interval(np.mean(gains, 0))
-    return {"claim": "one head swept over prices beats a linear router trained for each budget",
-            "paper": "Tryage: its router picks the best model 50.9% of the time, two language models as routers 23.6% "
-                     "and 10.8%; sweeping lambda draws the Pareto front", "effect": gain[0], "ci": list(gain[1:]),
-            "unit": "nats, linear minus tryage", "verdict": claims.verdict([gain]), "seeds": sorted(heads),
-            "sequences": len(x), "detail": rounded({
-                "budgets": rows, "curve_price_budget_loss": np.mean(curves, 0),
-                "known": {key: np.mean([one[key] for one in known]) for key in known[0]},
-                "library": next(iter(heads.values())).library.int()})}
+    return finding("one head swept over prices beats a linear router trained for each budget",
+                   "Tryage: its router picks the best model 50.9% of the time, two language models as routers 23.6% "
+                   "and 10.8%; sweeping lambda draws the Pareto front", gain, "nats, linear minus tryage", heads,
+                   len(x), {
+                       "budgets": rows, "curve_price_budget_loss": np.mean(curves, 0),
+                       "known": {key: np.mean([one[key] for one in known]) for key in known[0]},
+                       "library": next(iter(heads.values())).library.int()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,7 +473,7 @@ def arch(r, windows, config):
     texts = [windows[0][torch.from_numpy(windows[2] == d)].to(r.device) for d in range(len(r.domains))] + [x_new]
     train = [evenly(r, tokens, 128) for tokens in (*(r.corpus.train[d] for d in r.domains), cpp)]
     found, parts, gains = [], [], []
-    made_by_seed = one_per_seed(routers_of(r, config, "arch"))
+    made_by_seed = one_per_seed(routers_of(r, "arch"))
     for (k, _), made in made_by_seed.items():
         def looks(x, made=made):
             return zoo.summary(r.exact.embedding(x), {}, made.every)[0][:, made.every - 1:]  # [S, T', d]
@@ -516,13 +515,11 @@ def arch(r, windows, config):
             "new_to_other_before": to_other, "loss_before": loss_before.mean(), "loss_after": loss_after.mean(),
             "loss_own_pattern": loss_own.mean()})
     accuracy, gain = claims.interval(np.mean(parts, 0)), claims.interval(np.mean(gains, 0))
-    return {"claim": "a domain added by its descriptor alone is recognized, without training",
-            "paper": "Arch-Router: 93.17% of routes right overall; new policies need no retraining",
-            "effect": accuracy[0], "ci": list(accuracy[1:]), "unit": "accuracy on the new domain, minus chance",
-            "verdict": claims.verdict([accuracy]), "seeds": sorted({seed for _, seed in made_by_seed}),
-            "sequences": len(x_new), "detail": rounded({
-                "domains": names, "chance": 1 / len(names), "extra_fingerprint": fingerprint,
-                "loss_before_minus_after": gain} | {key: np.mean([one[key] for one in found], 0) for key in found[0]})}
+    detail = {"domains": names, "chance": 1 / len(names), "extra_fingerprint": fingerprint,
+              "loss_before_minus_after": gain} | {key: np.mean([one[key] for one in found], 0) for key in found[0]}
+    return finding("a domain added by its descriptor alone is recognized, without training",
+                   "Arch-Router: 93.17% of routes right overall; new policies need no retraining", accuracy,
+                   "accuracy on the new domain, minus chance", [seed for _, seed in made_by_seed], len(x_new), detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,7 +535,7 @@ def glider(r, windows, config):
               "held_in": [evenly(r, r.corpus.val[d], per_domain) for d in r.domains],
               "held_out": [evenly(r, held_out, per_domain)]}
     groups = {key: [torch.cat(part) for part in zip(*texts, strict=True)] for key, texts in groups.items()}
-    made_by_seed, losses, cosines = one_per_seed(routers_of(r, config, "glider")), {key: [] for key in groups}, []
+    made_by_seed, losses, cosines = one_per_seed(routers_of(r, "glider")), {key: [] for key in groups}, []
     for (k, _), made in made_by_seed.items():
         for key, (x, y) in groups.items():
             losses[key].append([])
@@ -560,37 +557,35 @@ def glider(r, windows, config):
     gains = {key: losses[key][0] - losses[key][chosen] for key in ("held_in", "held_out")}
     held_in, out = (claims.interval(gain) for gain in gains.values())
     mix = (losses["held_in"].mean(1) * len(r.domains) + losses["held_out"].mean(1)) / (len(r.domains) + 1)
-    return {"claim": "a global score added to a trained local router lowers the loss on the domains it knows",
-            "paper": "GLIDER: held-in +6.6%, held-out at most +0.88", "effect": held_in[0], "ci": list(held_in[1:]),
-            "unit": "nats, local alone minus local and global", "verdict": claims.verdict([held_in]),
-            "seeds": sorted({seed for _, seed in made_by_seed}), "sequences": len(gains["held_in"]), "detail": rounded({
-                "s": list(grid), "chosen_s": grid[chosen], "best_s_on_mix": grid[int(mix.argmin())], "mix": mix,
-                "held_in": losses["held_in"].mean(1), "held_out": losses["held_out"].mean(1),
-                "gain_held_out": out, "budgets": [k for k, _ in made_by_seed], "extra_fingerprint": fingerprint,
-                "gains_held_in": [claims.interval(losses["held_in"][0] - row) for row in losses["held_in"][1:]],
-                "gains_held_out": [claims.interval(losses["held_out"][0] - row) for row in losses["held_out"][1:]],
-                "domains": [*r.domains, "cpp"], "cosines": cosines[0][0], "cosines_uncentered": cosines[0][1],
-                "profiles": next(iter(made_by_seed.values())).profile[:n]})}
+    detail = {
+        "s": list(grid), "chosen_s": grid[chosen], "best_s_on_mix": grid[int(mix.argmin())], "mix": mix,
+        "held_in": losses["held_in"].mean(1), "held_out": losses["held_out"].mean(1), "gain_held_out": out,
+        "budgets": [k for k, _ in made_by_seed], "extra_fingerprint": fingerprint,
+        "gains_held_in": [claims.interval(losses["held_in"][0] - row) for row in losses["held_in"][1:]],
+        "gains_held_out": [claims.interval(losses["held_out"][0] - row) for row in losses["held_out"][1:]],
+        "domains": [*r.domains, "cpp"], "cosines": cosines[0][0], "cosines_uncentered": cosines[0][1],
+        "profiles": next(iter(made_by_seed.values())).profile[:n]}
+    return finding("a global score added to a trained local router lowers the loss on the domains it knows",
+                   "GLIDER: held-in +6.6%, held-out at most +0.88", held_in,
+                   "nats, local alone minus local and global", [seed for _, seed in made_by_seed],
+                   len(gains["held_in"]), detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what Rewiring and LoRA-Mixer share
 
 def at_one_budget(r, names, budget=None):
-    """-> k, {name: [a Router of each seed]}: calibrated routers of choices sb, at the smallest budget that all names
-    have. Raises UserError where one is missing."""
-    found = {}
-    for name in names:
-        for path in sorted((Path(r.config.out_dir) / "routers").glob(f"{name}_k*_s*.pt")):
-            made, saved = router.load_router(path, r.checkpoint, r.shape, r.device)
-            if saved["config"]["choices"] == "sb" and budget in (None, saved["budget"][0]):
-                found.setdefault(name, {}).setdefault(saved["budget"][0], []).append(made)
-    common = set.intersection(*(set(found.get(name, {})) for name in names))
+    """-> k, {name: {seed: Router}}: at the smallest budget that all names have. Raises UserError where one is missing.
+    """
+    found = {name: routers_of(r, name) for name in names}
+    common = set.intersection(*({k for k, _ in of_name} for of_name in found.values()))
+    common &= {budget} if budget is not None else common
     if not common:
         raise UserError(f"{r.config.out_dir}/routers: this needs {' and '.join(names)} at one budget; make them with "
                         f"`python router.py --name={','.join(names)} --budget={4 if budget is None else budget:g} "
                         f"--out_dir={r.config.out_dir}`")
-    return min(common), {name: found[name][min(common)] for name in names}
+    least = min(common)
+    return least, {name: {seed: made for (k, seed), made in found[name].items() if k == least} for name in names}
 
 
 def first_of_each(windows, n):
@@ -652,11 +647,11 @@ def rewire(r, windows, config):
     k, routers = at_one_budget(r, ["rewire_prose"])
     windows = first_of_each(windows, 64 if r.device.type == "cuda" else 24)
     rng = generator(r.device, config.seed, "rewire")
-    m, detail, headline = routers["rewire_prose"][0].every, {"budget": k}, []
+    m, detail, headline = next(iter(routers["rewire_prose"].values())).every, {"budget": k}, []
     for d, name in enumerate(r.domains):
         idx, targets = (part[windows[2] == d].to(r.device) for part in windows[:2])
         gains, rates, drift = {}, {}, []
-        for made in routers["rewire_prose"]:
+        for made in routers["rewire_prose"].values():
             def gain(deltas, made=made, idx=idx, targets=targets):
                 """-> loss minus that of the same router without delta, at the same BIG [S, T]; BIG [S, T] minus its"""
                 losses, big = with_deltas(r, made, idx, targets, deltas)
@@ -683,12 +678,12 @@ def rewire(r, windows, config):
             "rates": {str(rate): claims.interval(np.mean(parts, 0).mean(1)) for rate, parts in sorted(rates.items())}}
         if d == 0:  # code
             headline = gains["own"].mean(1)
-    made = routers["rewire_prose"][0]
+    made = next(iter(routers["rewire_prose"].values()))
     detail |= {"every": m, "rate": made.rate, "flops": made.flops(), "flops_without": gates.Router.flops(made),
                "flops_all_big": r.exact.flops(BIG)}
     return finding("a delta learned on the document so far lowers the loss on a domain the router has not seen",
                    "HumanEval +5.5% on OLMoE, about twice the time (arXiv 2510.14853)", claims.interval(-headline),
-                   "nats gained", range(1, 1 + len(routers["rewire_prose"])), len(headline), detail)
+                   "nats gained", routers["rewire_prose"], len(headline), detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,7 +726,8 @@ def lora_mixer(r, windows, config):
     idx, targets, domain = first_of_each(windows, 128 if r.device.type == "cuda" else 32)
     idx, targets = idx.to(r.device), targets.to(r.device)
     losses, table = {}, {}
-    for name, seeds in routers.items():
+    for name, by_seed in routers.items():
+        seeds = list(by_seed.values())
         runs = [at_budget(r, made, idx, targets, k) for made in seeds]
         losses[name] = np.mean([loss for loss, _ in runs], 0).mean(1)  # [S]
         row = {"loss": claims.interval(losses[name]), "BIG": np.mean([big for _, big in runs]), "seeds": len(seeds),
@@ -748,7 +744,7 @@ def lora_mixer(r, windows, config):
     return finding("LoRAs that are routed beat one LoRA of the same total rank",
                    "+3.8 points on GSM8K over other LoRA mixtures with 48% of their parameters (arXiv 2507.00029)",
                    claims.interval(losses["lora_single"] - losses["lora_mixer"]), "nats gained",
-                   range(1, 1 + len(routers["lora_mixer"])), len(idx), {"budget": k, "routers": table})
+                   routers["lora_mixer"], len(idx), {"budget": k, "routers": table})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
