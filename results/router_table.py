@@ -2,15 +2,21 @@
 
 Each kind of router at each budget, averaged over its seeds sequence by sequence, then compared with the baselines as
 claims.router_rows compares a single one: paired, at the FLOPs that it spent, with bootstrap intervals over sequences.
+At the budget nearest to a third of the layers also what of all-big's time a forward saves, its router included: sparse
+execution, not compiled, 32 sequences, the kinds in turns (bench.measure). Nothing else should run meanwhile.
 """
+import contextlib
+import functools
 import json
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import bench
 import claims
 import router
 from common import parse_config, write_atomic
@@ -29,6 +35,27 @@ def averaged(files):
     return mean
 
 
+@torch.no_grad()
+def time_saved(r, folder, notes, windows):
+    """notes: of the routers to be timed -> {name: 1 - milliseconds / those of all-big}"""
+    x = windows[0][:32].to(r.device)
+
+    def forward(route, attached=contextlib.nullcontext):
+        def call():
+            with attached():
+                r.fast(x, route)
+        return call
+    variants = {"all-big": forward(BIG)}
+    for each in notes:
+        stem = router.stem(each["name"], (each["budget"], each["skip_budget"]), each["choices"], each["seed"])
+        path = folder / f"{stem}.pt"
+        if path.exists():  # a router of one's own has none
+            of_file = router.load_router(path, r.checkpoint, r.shape, r.device)[0]
+            variants[each["name"]] = forward(of_file, functools.partial(of_file.attached, r.fast))
+    ms = bench.measure(variants, r.device)
+    return {name: 1 - ms[name] / ms["all-big"] for name in variants}
+
+
 def main():
     config = parse_config(router.RouterConfig, None, router.PRESETS)
     r, folder, _ = router.start(config)
@@ -45,13 +72,17 @@ def main():
     for arrays in files:
         notes = json.loads(str(arrays["notes"]))
         kinds.setdefault(tuple(notes[key] for key in ("name", "budget", "skip_budget", "choices")), []).append(arrays)
-    for of_seeds in kinds.values():
+    typical = min((k for _, k, *_ in kinds), key=lambda k: abs(k - r.shape.n_layer / 3))
+    saved = time_saved(r, folder, [json.loads(str(of[0]["notes"])) for kind, of in kinds.items()
+                                   if kind[1:] == (typical, None, "sb")], windows)
+    for kind, of_seeds in kinds.items():
         seeds = [json.loads(str(arrays["notes"]))["seed"] for arrays in of_seeds]
         for row in claims.router_rows(averaged(of_seeds), base, contexts, {}, flops):
             here = dict(claims.by_domain(of_seeds[0]))[row["domain"]]
             losses = [float(arrays["losses"][here].mean(dtype=np.float64)) for arrays in of_seeds]
             big = [float((arrays["routes"][here] == BIG).sum(-1).mean()) for arrays in of_seeds]
             report.append({key: row[key] for key in KEPT} | {
+                "time_saved": saved.get(kind[0]) if kind[1:] == (typical, None, "sb") else None,
                 "seeds": seeds, "achieved": statistics.mean(big), "loss_of_seeds": losses, "big_of_seeds": big})
     write_atomic(Path(config.out_dir) / "router_table.json", json.dumps(claims.without_nan(report), indent=1).encode())
     print(f"{len(report)} rows: {config.out_dir}/router_table.json")
