@@ -1,0 +1,105 @@
+"""The exercises, all that there are: each check fails on the stub, passes with the solution, and rejects mistakes."""
+import ast
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STUBS, SOLUTIONS = ROOT / "exercises", ROOT / "exercises" / "solutions"
+EXERCISES = sorted(path.name for path in STUBS.glob("ex*.py"))
+each = pytest.mark.parametrize("name", EXERCISES)
+
+# What a student may well get wrong: (exercise, text of the solution, what is written instead, what the check must say)
+MISTAKES = [
+    ("ex01_flops.py", "2 * 3 * d *", "2 * 2 * d *", "three products"),
+    ("ex01_flops.py", "total += 2 * 3 * d *", "total += 3 * d *", "2 FLOPs each"),
+    ("ex01_flops.py", "2 * 2 * n_keys * d", "2 * 2 * n_keys * n_keys * d", "one more key"),
+    ("ex01_flops.py", "2 * 2 * n_keys * d", "2 * n_keys * d", "weighted sum"),
+    ("ex01_flops.py", "2 * 2 * d * d +", "2 * d * d +", "the output projection"),
+    ("ex01_flops.py", "2 * d * config.vocab_size", "0", "the read-out"),
+    ("ex01_flops.py", "total += 2 * 2 * d * d  #", "total += 0 if choice == SKIP else 4 * d * d  #", "still writes"),
+]
+
+
+def load(path, source=None):
+    """A file as a module of its own: exercise and solution share their name."""
+    module = types.ModuleType(path.stem)
+    exec(compile(source or path.read_text(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def stubs(name):
+    """-> the functions and classes of the exercise that are left to the student"""
+    tree = ast.parse((STUBS / name).read_text())
+    return [node.name for node in tree.body if "raise NotImplementedError(" in ast.unparse(node)]
+
+
+def checks(exercise):
+    return [value for key, value in vars(exercise).items() if key.startswith("test_")]
+
+
+def solved(name, patch, source=None):
+    """The exercise with the functions of its solution in place -> its checks"""
+    exercise, solution = load(STUBS / name), load(SOLUTIONS / name, source)
+    for function in stubs(name):
+        patch.setattr(exercise, function, getattr(solution, function))
+    return checks(exercise)
+
+
+@each
+def test_form(name):
+    text, number = (STUBS / name).read_text(), int(name[2:4])
+    exercise = load(STUBS / name)
+    assert exercise.__doc__.startswith(f"Exercise {number}: ")
+    for part in ("Task", "Why", "Read first", "Hint"):
+        assert part in exercise.__doc__, f"the docstring of {name} has no {part!r}"
+    for function in stubs(name):
+        assert getattr(exercise, function).__doc__, f"{function} has no docstring"
+        assert re.search(rf'NotImplementedError\("exercise {number}: fill in {function}\b', text)
+    assert 1 <= len(checks(exercise)) <= 3
+    for line in (text + (SOLUTIONS / name).read_text()).splitlines():
+        assert len(line) <= 120, line
+
+
+@each
+def test_the_stub_fails(name):
+    for check in checks(load(STUBS / name)):
+        with pytest.raises(NotImplementedError, match=rf"^exercise {int(name[2:4])}: fill in "):
+            check()
+
+
+@each
+def test_the_solution_passes(name, monkeypatch):
+    defined = [node.name for node in ast.parse((SOLUTIONS / name).read_text()).body
+               if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert stubs(name) and sorted(defined) == sorted(stubs(name))
+    for check in solved(name, monkeypatch):
+        check()
+
+
+@pytest.mark.parametrize("name, right, wrong, message", MISTAKES)
+def test_a_mistake_is_told(name, right, wrong, message, monkeypatch):
+    source = (SOLUTIONS / name).read_text()
+    assert source.count(right) == 1
+    said = []
+    for check in solved(name, monkeypatch, source.replace(right, wrong)):
+        try:
+            check()
+        except AssertionError as error:
+            said.append(str(error))
+    assert said, "no check rejects it"
+    assert message in said[0]
+
+
+def test_only_the_checks_are_collected(pytestconfig):
+    """By `python -m pytest exercises`; by the project's own `python -m pytest` none of them."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "exercises"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    expected = [f"exercises/{name}::{check.__name__}" for name in EXERCISES for check in checks(load(STUBS / name))]
+    assert [line for line in listing.splitlines() if "::" in line] == expected
+    assert [path.name for path in sorted(SOLUTIONS.glob("*.py"))] == EXERCISES
+    assert pytestconfig.getini("testpaths") == ["tests"]
