@@ -22,6 +22,13 @@ MISTAKES = [
     ("ex01_flops.py", "2 * 2 * d * d +", "2 * d * d +", "the output projection"),
     ("ex01_flops.py", "2 * d * config.vocab_size", "0", "the read-out"),
     ("ex01_flops.py", "total += 2 * 2 * d * d  #", "total += 0 if choice == SKIP else 4 * d * d  #", "still writes"),
+    ("ex02_prefix_tree.py", "range(1, L + 1))  #", "range(L + 1))  #", "the root is a node"),
+    ("ex02_prefix_tree.py", "sum(n_choices ** length for length in range(1, L + 1))", "n_choices ** L", "the leaves"),
+    ("ex02_prefix_tree.py", "sum(n_choices ** length for length in range(1, L + 1))",
+     "n_choices * (n_choices ** L - 1) / (n_choices - 1)", "a float"),
+    ("ex02_prefix_tree.py", "max(0, k - (L - length))", "0", "that no route with"),
+    ("ex02_prefix_tree.py", "min(k, length) + 1", "min(k, length)", "search.py evaluates"),
+    ("ex02_prefix_tree.py", "comb(L, k) * L / tree_of_k", "2 ** L * L / tree_of_k", "20 routes one by one are 120"),
 ]
 
 
