@@ -29,6 +29,19 @@ MISTAKES = [
     ("ex02_prefix_tree.py", "max(0, k - (L - length))", "0", "that no route with"),
     ("ex02_prefix_tree.py", "min(k, length) + 1", "min(k, length)", "search.py evaluates"),
     ("ex02_prefix_tree.py", "comb(L, k) * L / tree_of_k", "2 ** L * L / tree_of_k", "20 routes one by one are 120"),
+    ("ex03_oracle.py", "!= k", "> k", "BIG, not k = "),
+    ("ex03_oracle.py", "if route.count(BIG) != k", "if t < 0", "BIG, not k = "),
+    ("ex03_oracle.py", "history.clone()", "history", "was changed"),
+    ("ex03_oracle.py", "losses[0, t].item()", "losses.mean().item()", "its own loss on targets[0, t]"),
+    ("ex03_oracle.py", "full[0, t] = torch.tensor(route)", "full[:] = torch.tensor(route)", "when only token t"),
+    ("ex03_oracle.py", "full[0, t] = torch.tensor(route)", "full[0, t - 1] = torch.tensor(route)", "when only token t"),
+    ("ex03_oracle.py", """if loss < least:
+            best, least = list(route), loss
+    return best, least""", """if losses.mean() < least:
+            best, least, final = list(route), losses.mean(), loss
+    return best, final""", "not a mean over the tokens"),
+    ("ex03_oracle.py", "if loss < least", "if best is None", "do you try all routes"),
+    ("ex03_oracle.py", "if loss < least", "if -loss < least", "do you try all routes"),
 ]
 
 
