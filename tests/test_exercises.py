@@ -42,6 +42,17 @@ MISTAKES = [
     return best, final""", "not a mean over the tokens"),
     ("ex03_oracle.py", "if loss < least", "if best is None", "do you try all routes"),
     ("ex03_oracle.py", "if loss < least", "if -loss < least", "do you try all routes"),
+    ("ex04_sparse.py", "torch.zeros_like(x)", "x.clone()", "its row must be zero"),
+    ("ex04_sparse.py", "((SMALL, small), (BIG, big))", "((SMALL, big), (BIG, small))", "tokens with SMALL"),
+    ("ex04_sparse.py", "y[chose] = ffn(x[chose])", "y[chose] = ffn(x[chose]).flip(0)", "back to its own token"),
+    ("ex04_sparse.py", "ffn(x[chose])", "ffn(x[chose].detach())", "the gradient of x"),
+    ("ex04_sparse.py", "ffn(x[chose])", "ffn(x[chose]).detach()", "no gradient"),
+    ("ex04_sparse.py", "y[chose] = ffn(x[chose])", "y = y + chose.unsqueeze(-1) * ffn(x.flatten(0, 1)).view_as(x)",
+     "it computed 15 rows"),
+    ("ex04_sparse.py", "y[chose] = ffn(x[chose])", "y[chose] = torch.cat([ffn(row[None]) for row in x[chose]])",
+     "one product of all rows"),
+    ("ex04_sparse.py", "if chose.any():", "if True:", "nobody chose"),
+    ("ex04_sparse.py", "ffn(x[chose])", "ffn(x)", "wants rows"),
 ]
 
 
