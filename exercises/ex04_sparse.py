@@ -65,9 +65,12 @@ def gradients(y, direction, x, block):
 def test_values():
     for seed in range(5):
         model, block, x, choice, _ = make(seed)
-        y = sparse_ffn(x, choice, Watched(block, block.small), Watched(block, block.big))
+        given = x.detach().clone()
+        y = sparse_ffn(given, choice, Watched(block, block.small), Watched(block, block.big))
         assert y is not None and y.shape == x.shape, f"x is {list(x.shape)}, the result must be too"
+        assert torch.equal(given, x), "x was overwritten: it is the residual, and the caller still needs it"
         dense = block.forward_dense(x, choice, model.cos, model.sin) - x
+        assert not torch.allclose(y, x + dense, atol=1e-5), "x + FFN was returned; return what is to be added alone"
         for value, name in ((SKIP, "SKIP: its row must be zero"), (SMALL, "SMALL"), (BIG, "BIG")):
             error = (y - dense)[choice == value].abs().sum()
             assert error < 1e-4, f"differs from dense at tokens with {name}. Does each result go back to its own token?"
