@@ -43,8 +43,9 @@ def per_layer(choice, n_keys=7):
 def test_each_choice():
     d = CONFIG.n_embd
     by_hand = route_flops(DuoConfig(1, 1, 2, 4, 3), [SKIP], 4)
-    assert by_hand == 28, (f"the example by hand has {by_hand} FLOPs; it should be 28: 16 for the key and the value, "
-                           "which a token that skips still writes, and 12 for the read-out, once")
+    assert by_hand == 28, (f"the example by hand has {by_hand} FLOPs; it should be 28: a key and a value, which a "
+                           "token that skips still writes, are 8 multiply-adds, the read-out 6, and each counts 2")
+    assert per_layer(BIG) != per_layer(SMALL), "BIG costs as much as SMALL: a token runs one FFN, the one it chose"
     ffn = (per_layer(BIG) - per_layer(SMALL)) / (CONFIG.big_width - CONFIG.small_width)  # per unit of inner width
     assert ffn == 6 * d, (f"a FFN costs {ffn / d:g} d FLOPs per unit of its inner width. SwiGLU has three products "
                           "(gate, up, down) of d multiply-adds per unit, 2 FLOPs each: 6 d")

@@ -21,6 +21,8 @@ MISTAKES = [
     ("ex01_flops.py", "2 * 2 * n_keys * d", "2 * n_keys * d", "weighted sum"),
     ("ex01_flops.py", "2 * 2 * d * d +", "2 * d * d +", "the output projection"),
     ("ex01_flops.py", "2 * d * config.vocab_size", "0", "the read-out"),
+    ("ex01_flops.py", "(config.small_width if choice == SMALL else config.big_width)",
+     "(config.small_width + config.big_width)", "one FFN, the one it chose"),
     ("ex01_flops.py", "total += 2 * 2 * d * d  #", "total += 0 if choice == SKIP else 4 * d * d  #", "still writes"),
     ("ex02_prefix_tree.py", "range(1, L + 1))  #", "range(L + 1))  #", "the root is a node"),
     ("ex02_prefix_tree.py", "sum(n_choices ** length for length in range(1, L + 1))", "n_choices ** L", "the leaves"),
@@ -66,8 +68,14 @@ MISTAKES = [
      "draw once for both"),
     ("ex05_bootstrap.py", "(a[draws] - b[draws])", "(b[draws] - a[draws])", "mean(a) - mean(b)"),
     ("ex05_bootstrap.py", "a, b = a.mean(1), b.mean(1)  #", "a, b, draws = a.ravel(), b.ravel(), rng.integers("
-     "a.size, size=(RESAMPLES, a.size))  #", "draw whole sequences"),
+     "a.size, size=(RESAMPLES, a.size))  #", "whole sequences, not tokens"),
     ("ex05_bootstrap.py", "[2.5, 97.5]))\n\n", "[5, 95]))\n\n", "keep 95%"),
+    ("ex05_bootstrap.py", "means = (a[draws] - b[draws]).mean(1)", "means = (a - b)[draws[:, 0]]",
+     "over all S sequences"),
+    ("ex05_bootstrap.py", "draws = rng.integers(S, size=(RESAMPLES, S))",
+     "draws = rng.permuted(np.arange(S)[None].repeat(RESAMPLES, 0), axis=1)", "draw with replacement"),
+    ("ex05_bootstrap.py", "a[rng.integers(S, size=(RESAMPLES, S))].mean(1) - b[rng.integers(S, size=(RESAMPLES, S))]",
+     "(a - b)[rng.integers(S, size=(RESAMPLES, S))]", "the covariance says"),
     ("ex05_bootstrap.py", "b[rng.integers(S, size=(RESAMPLES, S))]", "b[[range(S)]]", "the covariance says"),
 ]
 
