@@ -60,28 +60,28 @@ class Counting(Search):
         return out
 
 
-def evaluated(L, choices, k=None):
+def evaluated(L, n_choices, k=None):
     """How many layer evaluations search.py makes for one token at position 0 of a tiny model."""
     model = DuoGPT(DuoConfig(L, 1, 4, 1, 5)).requires_grad_(False)
     nothing = torch.zeros(L, 1, 1, 0, 4)  # keys and values of no earlier token
     search = Counting(model, torch.tensor([0]), (nothing, nothing), model.embedding.weight[None, :1])
-    search.leaf_losses(make_tree(model, choices, (k, None), 10 ** 6))
+    search.leaf_losses(make_tree(model, (SMALL, BIG, SKIP)[:n_choices], (k, None), 10 ** 6))
     return search.evaluations
 
 
 def test_full_tree():
-    for choices in ((SMALL, BIG), (SKIP, SMALL, BIG)):
-        for L in (1, 2, 5):
-            mine, real, name = full_tree(L, len(choices)), evaluated(L, choices), f"full_tree({L}, {len(choices)})"
-            assert mine != real + 1, f"{name} = {mine}, one too many: the root is a node, but no layer leads to it"
-            assert mine != len(choices) ** L or L == 1, f"{name} = {mine}: these are the leaves; inner layers run too"
-            assert mine == real, f"{name} = {mine}, but search.py evaluates {real}"
-            assert isinstance(mine, int), f"{name} = {mine}: a float, which rounds large counts; divide with //"
+    for L, n in ((1, 2), (2, 2), (5, 2), (1, 3), (2, 3), (5, 3)):
+        mine, real, name = full_tree(L, n), evaluated(L, n), f"full_tree({L}, {n})"
+        assert mine != real + 1, f"{name} = {mine}, one too many: the root is a node, but no layer leads to it"
+        assert mine != n ** L or mine == real, f"{name} = {mine}: these are the leaves; the layers above them run too"
+        assert mine == real, (f"{name} = {mine}, but search.py evaluates {real}: each choice once in the first layer, "
+                              "each choice for each of those in the second, and so on")
+        assert isinstance(mine, int), f"{name} = {mine}: a float, which rounds large counts; divide with //"
 
 
 def test_tree_of_k():
     for L, k in ((2, 1), (3, 0), (3, 3), (5, 1), (5, 2), (6, 4)):
-        mine, real = tree_of_k(L, k), evaluated(L, (SMALL, BIG), k)
+        mine, real = tree_of_k(L, k), evaluated(L, 2, k)
         all_prefixes = sum(math.comb(length, b) for length in range(1, L + 1) for b in range(k + 1))
         assert mine != all_prefixes or mine == real, (
             f"tree_of_k({L}, {k}) = {mine} counts prefixes that no route with {k} BIG starts with: too few layers are "
@@ -93,9 +93,9 @@ def test_tree_of_k():
 
 
 def test_saving():
-    for L, choices, k in ((5, (SMALL, BIG), None), (4, (SKIP, SMALL, BIG), None), (6, (SMALL, BIG), 3)):
-        routes = math.comb(L, k) if k is not None else len(choices) ** L
-        naive, shared, mine = L * routes, evaluated(L, choices, k), saving(L, len(choices), k)
+    for L, n, k in ((5, 2, None), (4, 3, None), (6, 2, 3), (3, 2, 0)):
+        routes = math.comb(L, k) if k is not None else n ** L
+        naive, shared, mine = L * routes, evaluated(L, n, k), saving(L, n, k)
         assert abs(mine - naive / shared) < 1e-9, (
-            f"saving({L}, {len(choices)}, {k}) = {mine:.4g}; {routes} routes one by one are {naive} evaluations, in "
-            f"the tree {shared}: a factor of {naive / shared:.4g}")
+            f"saving({L}, {n}, {k}) = {mine:.4g}; {routes} routes one by one are {naive} evaluations, in the tree "
+            f"{shared}: a factor of {naive / shared:.4g}")

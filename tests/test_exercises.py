@@ -31,6 +31,8 @@ MISTAKES = [
     ("ex02_prefix_tree.py", "max(0, k - (L - length))", "0", "that no route with"),
     ("ex02_prefix_tree.py", "min(k, length) + 1", "min(k, length)", "search.py evaluates"),
     ("ex02_prefix_tree.py", "comb(L, k) * L / tree_of_k", "2 ** L * L / tree_of_k", "20 routes one by one are 120"),
+    ("ex02_prefix_tree.py", "if k is None", "if not k", "1 routes one by one are 3"),
+    ("ex02_prefix_tree.py", "range(1, L + 1))  #", "range(L))  #", "each choice once in the first layer"),
     ("ex03_oracle.py", "!= k", "> k", "BIG, not k = "),
     ("ex03_oracle.py", "if route.count(BIG) != k", "if t < 0", "BIG, not k = "),
     ("ex03_oracle.py", "history.clone()", "history", "was changed"),
