@@ -5,7 +5,7 @@ the sequences of both policies together (paired), one each policy's by itself. T
 is much narrower. Which term of var(a - b) = var(a) + var(b) - 2 cov(a, b) has gone where?
 
 Why. Sequences differ in difficulty by far more than policies differ in loss. An interval that does not pair drowns
-every effect of this project; one that resamples tokens, as if those of one sequence were independent, finds effects
+small effects; one that resamples tokens, as if those of one sequence were independent, finds effects
 that are not there.
 
 Read first: bootstrap_means and interval in claims.py; evaluate in train.py for bits per byte.
