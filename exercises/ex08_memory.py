@@ -1,10 +1,10 @@
 """Exercise 8: a problem that only a router with a memory can solve.
 
 Task. zoo.py's rmoe hands a state from layer to layer (a GRU over depth), so a late layer knows what the early ones saw.
-On real text that gains next to nothing here. Is it useless, or had it nothing to remember? Design a problem in which it
-must win: fill in plant, which writes the weights of a small model by hand. Tokens come with a flag or without; a token
-with a flag is followed by token 1, one without by token 0. empty_model and adds below are your tools: no attention,
-FFNs that you set coordinate by coordinate.
+On real text it was no better than the same router without the state (ZOO.md, H100). Is it useless, or had it nothing to
+remember? Design a problem in which it must win: fill in plant, which writes the weights of a small model by hand. A
+token with a flag is followed by token 1, one without by token 0. empty_model and adds below are your tools: there is
+no attention, and FFNs are set coordinate by coordinate.
 
 Why. A method that wins nowhere may be broken. A planted problem, whose answer is known, shows that the code can do what
 its idea promises; only then does a null result on real text mean something.
