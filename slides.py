@@ -26,7 +26,6 @@ from model import BIG, SMALL
 
 THEMES = {"light": ("#ffffff", INK), "dark": ("#14181f", "#e8ecf2")}  # page, ink: the report's
 SIZE, DPI = 22, 120  # points of the type; 16 x 9 inches
-LINE = 0.068  # height of a line of that type, as a share of the axes'
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>nanoduo: slides of a run</title>
 <style>body { margin: 0 } img { width: 100vw; height: 100vh; object-fit: contain; display: block }</style>
@@ -81,17 +80,18 @@ def cut(figure, *axes, **changes):
     return axis
 
 
-def label_ends(axis):
-    """In place of a legend: each line's name at the right, at the height where it ends; those too near pushed apart."""
+def label_ends(axis, line_height=0.068):
+    """In place of a legend: each line's name at the right, at the height where it ends; those nearer
+    than a line of text (as a share of the axes' height) pushed apart."""
     axis.set(xlim=axis.get_xlim(), ylim=axis.get_ylim())
     low, high = axis.get_ylim()
-    lines = [line for line in axis.lines if not line.get_label().startswith("_")
+    lines = [line for line in axis.lines if not line.get_label().startswith("_") and len(line.get_ydata())
              and np.min(line.get_ydata()) < high and np.max(line.get_ydata()) > low]
     ends = axis.transData.transform([(axis.get_xlim()[0], line.get_ydata()[-1]) for line in lines])
     y = axis.transAxes.inverted().transform(ends)[:, 1].clip(0, 1)
     order = np.argsort(y, kind="stable")
     for a, b in [*zip(order, order[1:])] * 100:
-        lack = max(0, LINE - (y[b] - y[a])) / 2
+        lack = max(0, line_height - (y[b] - y[a])) / 2
         y[a], y[b] = y[a] - lack, y[b] + lack
     for line, height in zip(lines, y, strict=True):
         axis.text(1.015, height, line.get_label().partition(" (")[0], va="center", transform=axis.transAxes,
@@ -120,7 +120,7 @@ def finish(figure, message, footer):
     for part in figure.findobj(lambda artist: isinstance(artist, (plt.Line2D, LineCollection))):
         if same_color(part.get_color(), INK):
             part.set(color=ink, **{"mec": ink} if isinstance(part, plt.Line2D) else {})
-    width = len(message) // math.ceil(len(message) / 66) + 10  # lines of about the same length
+    width = min(70, len(message) // math.ceil(len(message) / 70) + 10)  # lines of about the same length
     figure.text(0.02, 0.965, textwrap.fill(message, width), va="top", fontsize=30)
     figure.text(0.02, 0.02, textwrap.fill(footer, 165), va="bottom", fontsize=12, alpha=0.8)
     figure.get_layout_engine().set(rect=(0.015, 0.09, 0.97, 0.75))
@@ -161,7 +161,8 @@ def gap(run):
     part = claims.interval(base["fixed"][:, k] - base["oracle"][:, k])
     return figure, (f"The oracle knows the next token: at k={k} perplexity {math.exp(at_k['oracle']):.1f} against "
                     f"{math.exp(at_k['fixed']):.1f}, {than(part, 'the best fixed pattern')}"), (
-        f"{len(rows)} sequences, {context} context, 95% interval of the gain {part[1]:+.3f} to {part[2]:+.3f}")
+        f"{len(rows)} sequences, {context} context, 95% interval of the gain {part[1]:+.3f} to {part[2]:+.3f}".replace(
+            "+nan to +nan", "not known"))
 
 
 def split(run):
@@ -215,7 +216,7 @@ def where(run):
 def tokens(run):
     losses, label = figures.token_losses(run), run["label"]
     figure, _ = figures.figure_5(run | {"label": label | {"domains": label["domains"][:1]}}, n=26)
-    label_ends(cut(figure, figure.axes[0]))
+    label_ends(cut(figure, figure.axes[0]), line_height=0.095)  # the token names leave less height
     hard = losses["all-small"] >= np.quantile(losses["all-small"], 0.9)
     stuck = ((losses["all-small"] - losses["oracle"])[hard] < 0.5).mean()
     return figure, ("Hard is one thing, improvable another: of the hardest tenth of tokens "
@@ -231,7 +232,10 @@ def routers(run):
          "fixed patterns on the routers' text need the checkpoint", run["commands"]["train"])
     figure, _ = figures.pareto(run | {"routers": mine, "times": {}, "base": {
         name: part for name, part in run["base"].items() if name != "expected"}})
-    key(cut(figure, figure.axes[1], title=""))
+    axis = cut(figure, figure.axes[1], title="")
+    heights = [bars.lines[0].get_ydata()[0] for bars in axis.containers]  # of few sequences the view is too near
+    axis.set_ylim(min(axis.get_ylim()[0], 1.1 * min(heights)), max(axis.get_ylim()[1], 1.1 * max(heights)))
+    key(axis)
     fixed, rows = run["base"]["fixed"]
     gains = [claims.interval(np.column_stack((losses[rows], spent[rows], fixed)),
                              lambda m: claims.at_budget(m[..., 1], m[..., 2:]) - m[..., 0])
@@ -263,13 +267,14 @@ def savings(run):
     axis.axhline(1, color=COLOUR["all-big"], ls="--", label="all-big")
     axis.grid()
     label_ends(cut(figure, axis, xlabel="k (BIG layers per token)", ylabel="share of all-big's", ylim=(0, None)))
-    k = min(times["fixed"].keys() & times.get(router, times["fixed"]).keys(), key=lambda k: abs(k - L / 2))
+    both = times["fixed"].keys() & times.get(router, {}).keys()
+    k = min(both or times["fixed"], key=lambda k: abs(k - L / 2))
 
     def change(policy):
         share = times[policy][k][0]
         return f"{'falls' if share < 1 else 'rises'} by {abs(1 - share):.0%}"
     return figure, f"At k={k:g} FLOPs fall by {1 - flops[int(k)]:.0%}; time {change('fixed')} with one pattern" + (
-        f", {change(router)} with the {router} router" if router in times else ""), (
+        f", {change(router)} with the {router} router" if both else ""), (
         f"{run['times_on']['device']}, {run['times_on']['batch']}, rounds: {run['times_on']['rounds']} (median, "
         "quartiles); FLOPs without the router's, times without the oracle's search")
 
@@ -284,15 +289,16 @@ def zoo(run):
         middle, bars = zoo_figures.parts_of([part / np.nanmax(np.abs(part))])
         axis.errorbar(middle, [y], xerr=bars, color=COLOUR["router"], marker="D", ms=11, lw=3.3, capsize=7)
         unit = line["unit"].partition(",")[0]
-        axis.text(1.2, y, f"{sign[line['verdict']]}: {line['effect']:+.2g}\n{unit}", va="center")
+        axis.text(1.2, y, f"{sign[line['verdict']]}: {round(line['effect'], 4) + 0:+.4f}\n{unit}", va="center")
     axis.axvline(0, color=INK)
     axis.set_yticks(range(len(lines)), [zoo_figures.SYSTEMS[name][0].replace(": ", ":\n") for name in lines])
     axis.set(xticks=[], xlim=(-1.1, 1.1), ylim=(-0.5, len(lines) - 0.5), xlabel="own units;\nright is better")
     count = [sum(line["verdict"] == verdict for line in lines.values()) for verdict in sign]
     lacking = ", ".join(name for name in zoo_figures.SYSTEMS if name not in lines)
     many = [line["sequences"] for line in lines.values()]
-    return figure, ("{} claims from other papers, tested here: {} hold, {} fail, {} undecided".format(
-        len(lines), *count)), f"{min(many)} to {max(many)} sequences" + (
+    seeds = sorted({seed for line in lines.values() for seed in line["seeds"]})
+    return figure, ("{} claims from other papers, tested here: holds {}, fails {}, undecided {}".format(
+        len(lines), *count)), f"{min(many)} to {max(many)} sequences, routers' seeds {seeds}" + (
         f"; not measured ({run['commands']['effects']}): {lacking}" if lacking else "")
 
 
@@ -316,7 +322,7 @@ def write(run, command):
                     (folder / theme / file).unlink(missing_ok=True)  # of an earlier state of the run
                     continue
                 finish(figure, message, f"run {run['folder'].name}, corpus {facts['trained on']} "
-                       f"{facts['corpus fingerprint']}; {about}; base seed {facts['base seed']}; {command}")
+                       f"{facts['corpus fingerprint']}; {about}; base seed {run['seed']}; {command}")
                 png = io.BytesIO()
                 figure.savefig(png, dpi=DPI)
                 plt.close(figure)
