@@ -139,8 +139,10 @@ def controls():
 
 
 def findings():
-    """Each claim on the H100 and on the laptop: the part that is furthest from being met."""
-    runs = []
+    """Each claim on the H100 and on the laptop: the part that is furthest from being met; and on two more bases."""
+    runs, bases = [], []
+    for base in json.loads((HERE / "h100_findings_bases.json").read_text())["bases"]:
+        bases.append({line["id"]: line for line in base["findings"] if (line["router"] or "mlp") == "mlp"})
     for name, router in (("h100_findings.json", "mlp"), ("cpu_findings.json", "linear")):
         lines = json.loads((HERE / name).read_text())
         runs.append({line["id"]: line for line in lines if line.get("router", router) == router})
@@ -151,8 +153,11 @@ def findings():
         where = ", frozen" if line["context"] == "frozen" else ""
         value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
-    return markdown(["claim", "unit", "one H100", "laptop"],
-                    [[f"{id}: {line['claim']}", line["unit"], shown(runs[0][id]), shown(line)]
+
+    def again(id):
+        return "; ".join(f"{base[id]['verdict']}, {base[id]['effect']:.3f}" for base in bases if id in base)
+    return markdown(["claim", "unit", "one H100", "two more trainings there", "laptop"],
+                    [[f"{id}: {line['claim']}", line["unit"], shown(runs[0][id]), again(id), shown(line)]
                      for id, line in runs[1].items()])
 
 
@@ -162,7 +167,7 @@ PAPER_ROUTERS = ("linear", "gumbel", "mlp", "advantage", "distilled")
 def router_rows(domain="all"):
     """-> {(name, k): row} of the H100's run, averaged over router seeds"""
     rows = json.loads((HERE / "h100_routers.json").read_text())["rows"]
-    return {(row["name"], row["budget"]): row for row in rows if row["domain"] == domain}
+    return {(row["name"], row["budget"]): row for row in rows if (row["domain"], row["choices"]) == (domain, "sb")}
 
 
 def share(part):
@@ -171,7 +176,7 @@ def share(part):
 
 def routers():
     """The five kinds, both domains: what they spend, and their loss against baselines at that spending."""
-    rows = sorted((row for row in router_rows().values() if row["name"] in PAPER_ROUTERS),
+    rows = sorted((row for row in router_rows().values() if row["name"] in PAPER_ROUTERS and row["budget"] % 2 == 0),
                   key=lambda row: (row["budget"], row["loss"]))
     return markdown(["router", "k", "seeds", "BIG", "loss", "minus best fixed", "minus best of 100", "minus all-big",
                      "recovered"],
@@ -181,23 +186,30 @@ def routers():
                       share(row["recovered"])] for row in rows])
 
 
-def zoo():
-    """All systems at k = 4 and 8, each domain minus the best fixed pattern at the same spending; linear and MLP beside.
-    """
-    code, prose, rows = router_rows("code"), router_rows("prose"), []
-    names = sorted({name for name, k in router_rows() if k == 4 and (name not in PAPER_ROUTERS or name in
-                                                                     ("linear", "mlp"))},
-                   key=lambda name: router_rows()[name, 4.0]["loss"])
-    for name in names:
-        both = router_rows()[name, 4.0]
-        deciding = both["router_flops"] / 1e6
-        rows.append([name, len(both["seeds"]), "0" if not deciding else f"{deciding:.2f}" if deciding < 100 else
-                     f"{deciding:,.0f}"])
-        for k in (4.0, 8.0):
-            rows[-1] += [cell(of[name, k]["versus"]["fixed"], 4) if (name, k) in of else "" for of in (code, prose)]
-        rows[-1].append(share(both["recovered"]))
-    return markdown(["system", "seeds", "MFLOP to decide", "code, k = 4", "prose, k = 4", "code, k = 8",
-                     "prose, k = 8", "recovered, k = 4"], rows)
+def foresight():
+    """What could be foreseen on the routers' own base, and what they find of it: gains over the best fixed pattern."""
+    report, rows = json.loads((HERE / "h100_routers.json").read_text()), router_rows()
+
+    def gain(name, k):
+        mean, low, high = rows[name, k]["versus"]["fixed"]
+        return cell((-mean, -high, -low), 4)
+    return markdown(["k", "linear router gains", "MLP router gains", "expected-loss oracle (foresight)", "oracle"],
+                    [[row["k"], gain("linear", row["k"]), gain("mlp", row["k"]), cell(row["foresight"]),
+                      cell(row["gain"])] for row in report["controls"]["rows"]])
+
+
+def zoo(domain):
+    """All systems, one domain, minus the best fixed pattern at the same spending; the project's own kinds beside."""
+    of, both, rows = router_rows(domain), router_rows(), []
+    for name in sorted({name for name, k in of if k == 4}, key=lambda name: of[name, 4.0]["versus"]["fixed"][0]):
+        deciding = both[name, 4.0]["router_flops"] / 1e6
+        seeds = sorted({len(of[name, k]["seeds"]) for k in (2.0, 4.0, 6.0, 8.0) if (name, k) in of})
+        rows.append([name, " to ".join(map(str, seeds)), "0" if not deciding else f"{deciding:.2f}"
+                     if deciding < 100 else f"{deciding:,.0f}"])
+        rows[-1] += [cell(of[name, k]["versus"]["fixed"], 4) if (name, k) in of else "" for k in (2.0, 4.0, 6.0, 8.0)]
+        rows[-1].append(share(both[name, 4.0]["recovered"]))
+    return markdown(["system", "seeds", "MFLOP to decide", *(f"k = {k}" for k in (2, 4, 6, 8)),
+                     "recovered, k = 4, both domains"], rows)
 
 
 def effects():
@@ -229,6 +241,29 @@ def joint(name):
                      "" if key == "joint" else cell(report["mean_over_seeds"]["all"][minus]),
                      "" if key == "joint" else f"{report['standard_deviation_over_seeds'][minus]:.3f}"])
     return markdown(["model", "MFLOP per token", "loss", "joint minus it", "spread over seeds"], rows)
+
+
+def joint_leads():
+    """What was changed in joint training on the H100, k = 4, and what came of it."""
+    report = json.loads((HERE / "h100_joint_leads.json").read_text())
+    dense = report["dense_equal"]
+    rows = [[report["before"]["title"], *(f"{report['before']['loss'][s]:.3f}" for s in "123"),
+             f"{statistics.mean(report['before']['loss'][s] - dense[s] for s in '123'):+.3f}"]]
+    for lead in dict.fromkeys(run["lead"] for run in report["runs"]):
+        of = {str(run["seed"]): run for run in report["runs"] if run["lead"] == lead}
+        rows.append([next(iter(of.values()))["title"], *(f"{of[s]['loss']['all'][0]:.3f}" if s in of else ""
+                                                         for s in "123"),
+                     f"{statistics.mean(run['loss']['all'][0] - dense[s] for s, run in of.items()):+.3f}"])
+    rows.append(["dense of equal FLOPs", *(f"{dense[s]:.3f}" for s in "123"), ""])
+    rows.append(["dense, all BIG", *(f"{report['dense_full'][s]:.3f}" for s in "123"), ""])
+    return markdown(["k = 4", "seed 1", "seed 2", "seed 3", "minus dense of equal FLOPs"], rows)
+
+
+def any_h100():
+    report = json.loads((HERE / "h100_joint_leads.json").read_text())
+    return markdown(["told k", "BIG", "MFLOP per token", "loss"],
+                    [[row["k"], f"{row['big_per_token']:.2f}", f"{row['flops'] / 1e6:.2f}", f"{row['loss'][0]:.3f}"]
+                     for row in report["any"]])
 
 
 def any_budget(name):
@@ -269,8 +304,10 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
-          "findings": findings, "routers-h100": routers, "zoo-h100": zoo, "effects": effects,
+          "findings": findings, "routers-h100": routers, "foresight-h100": foresight,
+          "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-h100": lambda: joint("h100_joint.json"),
+          "joint-leads-h100": joint_leads, "any-h100": any_h100,
           "any-cpu": lambda: any_budget("cpu_joint.json"),
           "router-time-cpu": lambda: router_time("cpu_router_bench.json"), "searches-cpu": searches}
 
@@ -331,7 +368,7 @@ def draw_zoo():
     """ZOO.md's pictures: as analyze.py draws them, from the committed findings."""
     import zoo_figures
 
-    for system, run in (("rmoe", "h100"), ("arch", "h100"), ("openmoe", "cpu")):
+    for system, run in (("rmoe", "h100"), ("arch", "h100"), ("openmoe", "h100")):
         findings = json.loads((HERE / f"{run}_zoo.json").read_text())
         line = next(line for line in findings if line["system"] == system)
         figure, _ = getattr(zoo_figures, system)(line)
