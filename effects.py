@@ -340,9 +340,10 @@ def without_place(r, made, idx):
 def routers_of(r, name):
     """-> {(budget, seed): Router}: the run's {SMALL, BIG} routers of that name. UserError where there is none."""
     folder, found = Path(r.config.out_dir) / "routers", {}
-    for path in sorted(folder.glob(f"{name}_k*.pt")):
+    for path in sorted(folder.glob(f"{name}_k*.npz")):  # written last: a router that still learns has none
         if match := re.fullmatch(rf"{name}_k([\d.]+)_s(\d+)", path.stem):
-            found[float(match[1]), int(match[2])] = router.load_router(path, r.checkpoint, r.shape, r.device)[0]
+            file = path.with_suffix(".pt")
+            found[float(match[1]), int(match[2])] = router.load_router(file, r.checkpoint, r.shape, r.device)[0]
     if not found:
         raise UserError(f"{folder}: no {name} router here; make one with `python router.py --name={name} --budget=4 "
                         f"--out_dir={r.config.out_dir}`")

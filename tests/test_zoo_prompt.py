@@ -340,6 +340,8 @@ def prompt_run(tmp_path_factory):
         patch.setattr(data, "EXTRA_MB", 0.3)
         user_error(lambda: effects.main([*flags, "--name=glider"]), "no glider router", "router.py --name=glider")
         router.main([*flags, "--name=linear,tryage,arch,glider", "--budget=1,2"])
+        routers = folder / "run" / "routers"
+        (routers / "glider_k2_s9.pt").write_bytes(b"one that still learns: no .npz, and no concern of effects.py")
         effects.main([*flags, "--name=tryage,arch,glider"])
     return {line["system"]: line for line in json.loads((folder / "run" / "zoo.json").read_text())}
 
