@@ -39,6 +39,7 @@ import data
 import figures
 import router
 import slides
+import story
 import zoo_figures
 from common import (
     UserError,
@@ -67,6 +68,7 @@ class AnalyzeConfig:
     preset: str = arg("auto", "cpu, gpu or debug: how much text the explorer holds")
     check: bool = arg(False, "compare findings.json with the raw files, write nothing, exit 1 where they differ")
     slides: bool = arg(False, "draw the slides alone: slides/light/*.png, slides/dark/*.png and slides/slides.html")
+    joint: str = arg("", "a *_joint.json of results/joint_study.py, for the report's story")
     dense: str = arg("", "a run of train.py --train_route=big of the same size, for F12 and figure 8")
     freeze: str = arg("", "a run of train.py --train_route=big_then_small of the same size, for the same")
     sequences: int = arg(2, "validation sequences per domain in the token explorer")
@@ -182,6 +184,20 @@ def read_json(path, command):
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         raise UserError(f"{path}: is damaged; delete it, and make it again with `{command}`") from None
+
+
+def read_joint(path):
+    """--joint -> what results/joint_study.py wrote, {} where it was not given. Raises UserError for another file."""
+    if not path:
+        return {}
+    try:
+        study = json.loads(Path(path).read_text())
+        if "joint - full" in study["mean_over_seeds"]["all"]:
+            return study
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"--joint={path}: is no file of results/joint_study.py; `python results/joint_study.py` makes "
+                    "out/joint_study/<preset>_joint.json")
 
 
 def read_words(folder):
@@ -556,17 +572,6 @@ def zoo_table(lines):
     return "\n".join(rows) or '<tr><td colspan="8">None was measured in this run.</td></tr>'
 
 
-def gain_in_words(controls):
-    """controls: rows of oracle.json -> a sentence on the oracle's largest gain and what it is made of"""
-    rows = [row for row in controls if row["domain"] == "all"]
-    if not rows:
-        return ""
-    row = max(rows, key=lambda row: row["gain"][0])
-    gain, foresight, hindsight = (row[key][0] for key in ("gain", "foresight", "hindsight"))
-    return (f"The oracle gains {gain:.3f} nats over the best fixed pattern at k = {row['k']}: at least {foresight:.3f} "
-            f"of that could be foreseen, at most {hindsight:.3f} is hindsight. ")
-
-
 def report(made, findings, drawn, lacking, data_of_explorer):
     """-> the page"""
     counts = {verdict: sum(line["verdict"] == verdict for line in findings)
@@ -574,17 +579,17 @@ def report(made, findings, drawn, lacking, data_of_explorer):
     tested = [line for line in findings if line["seeds"]]
     facts = [f"<div><dt>{key}</dt><dd>{html.escape(str(value))}</dd></div>" for key, value in made["facts"].items()
              if value is not None]
-    story = (f"Verdicts on the paper's twelve claims, those about routers once for each kind: {counts['holds']} hold, "
-             f"{counts['fails']} fail, {counts['undecided']} undecided, {counts['not tested']} not tested. "
-             + gain_in_words(made["controls"])
-             + (f"All from {seeds_of(tested)}: intervals tell what other text would change, not what "
-                "another training would." if tested else ""))
+    verdicts = (f"Verdicts on the paper's twelve claims, those about routers once for each kind: {counts['holds']} "
+                f"hold, {counts['fails']} fail, {counts['undecided']} undecided, {counts['not tested']} not tested. "
+                + (f"All from {seeds_of(tested)}: intervals tell what other text would change, not what "
+                   "another training would." if tested else ""))
     of_figures = {name: (
         f'<figure id="{name}"><h3>{html.escape(title)}</h3><div class="scroll" tabindex="0" role="group" '
         f'aria-label="{html.escape(title)}, scrolls sideways on a narrow screen">{svg}</div>'
         f"<figcaption>{code(caption)}</figcaption></figure>") for name, title, caption, svg in drawn}
     gaps = "\n".join(f"<li><b>{html.escape(title)}</b>: {code(text)}</li>" for title, text in lacking)
-    page = {"facts": "".join(facts), "story": html.escape(story), "findings": table(findings),
+    told = "".join(f"<li>{code(sentence)}</li>" for sentence in story.tell(made, findings, made["joint"]))
+    page = {"facts": "".join(facts), "story": told, "verdicts": html.escape(verdicts), "findings": table(findings),
             "figures": "\n".join(text for name, text in of_figures.items() if name not in zoo_figures.FIGURES),
             "zoo": zoo_table(made["zoo"]),
             "zoo_figures": "\n".join(text for name, text in of_figures.items() if name in zoo_figures.FIGURES),
@@ -625,6 +630,7 @@ def main(argv=None):
     if config.slides and (config.check or config.dense or config.freeze):
         raise UserError("--slides: draws what is measured; leave out --check, --dense and --freeze")
     made = read(config)
+    made["joint"] = read_joint(config.joint)
     folder = made["folder"]
     if config.slides:
         return draw_slides(made, config)

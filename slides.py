@@ -23,6 +23,7 @@ import zoo_figures
 from common import write_atomic
 from figures import COLOUR, INK, MARKER, Missing, need, notes_of, plt
 from model import BIG, SMALL
+from story import router_gains
 
 THEMES = {"light": ("#ffffff", INK), "dark": ("#14181f", "#e8ecf2")}  # page, ink: the report's
 SIZE, DPI = 22, 120  # points of the type; 16 x 9 inches
@@ -236,10 +237,7 @@ def routers(run):
     heights = [bars.lines[0].get_ydata()[0] for bars in axis.containers]  # of few sequences the view is too near
     axis.set_ylim(min(axis.get_ylim()[0], 1.1 * min(heights)), max(axis.get_ylim()[1], 1.1 * max(heights)))
     key(axis)
-    fixed, rows = run["base"]["fixed"]
-    gains = [claims.interval(np.column_stack((losses[rows], spent[rows], fixed)),
-                             lambda m: claims.at_budget(m[..., 1], m[..., 2:]) - m[..., 0])
-             for _, _, spent, losses in figures.router_points(run, np.arange(len(run["windows"]["idx"])))]
+    rows, gains = run["base"]["fixed"][1], [part for _, _, part in router_gains(run)]
     better, worse = sum(low > 0 for _, low, _ in gains), sum(high < 0 for *_, high in gains)
     return figure, (f"Of {len(gains)} routers {better} beat the best fixed pattern of equal compute, {worse} are "
                     f"worse, {len(gains) - better - worse} cannot be told apart"), (

@@ -1,0 +1,98 @@
+"""A run's story in five sentences, for the top of the report: what the oracle gains, how much of that is hindsight,
+what a router reaches, what joint training reaches, and what time was really saved. Every number is the run's own, and
+the words follow it; what was not measured is said, with the command that does it.
+"""
+import numpy as np
+import torch
+
+import claims
+import figures
+from model import BIG, SMALL
+
+
+def router_gains(run):
+    """-> [(name, budget, (gain, low, high))]: what each router gains over the best fixed pattern of equal spending,
+    nats per token, paired on the windows of those patterns. [] without routers, or patterns in their context."""
+    fixed, rows = run["base"].get("fixed", (None, []))
+    if run["contexts"].get("fixed") != "sequential":  # as routers are run
+        return []
+    return [(name, k, claims.interval(np.column_stack((losses, spent, fixed)),
+                                      lambda m: claims.at_budget(m[..., 1], m[..., 2:]) - m[..., 0]))
+            for name, k, spent, losses in figures.router_points(run, rows)]
+
+
+def shown(part):
+    return "{:.3f} ({:.3f} to {:.3f}) nats".format(*(claims.number(value) for value in part))
+
+
+def side(part, other):
+    """(difference, low, high) of losses -> in words: below, above, or level where the interval holds 0"""
+    if part[1] <= 0 <= part[2]:
+        return f"level with {other} ({part[0]:+.3f} nats, {part[1]:.3f} to {part[2]:.3f})"
+    if part[0] > 0:
+        return f"{shown(part)} above {other}"
+    return f"{shown((-part[0], -part[2], -part[1]))} below {other}"
+
+
+def oracle(run, findings):
+    """Two sentences: the oracle's gain, and what it is made of."""
+    split = [row for row in run["controls"] if row["domain"] == "all"]
+    if split:
+        row = max(split, key=lambda row: row["gain"][0])
+        return [f"The oracle, which knows the next token, gains {shown(row['gain'])} over the best fixed pattern at "
+                f"k = {row['k']}.",
+                f"At least {shown(row['foresight'])} of that could be foreseen, at most {shown(row['hindsight'])} is "
+                "hindsight."]
+    best = next((line for line in findings if line["id"] == "F3" and line["effect"] is not None), None)
+    return [f"The oracle, which knows the next token, is at its best {shown((best['effect'], *best['ci']))} below "
+            "all-big." if best else f"The oracle was not searched (`{run['commands']['oracle']}`).",
+            f"How much of that is hindsight was not measured (`{run['commands']['oracle']} --reference=...`)."]
+
+
+def router(run):
+    gains = router_gains(run)
+    if not gains:
+        return (f"Routers and fixed patterns of their context were not both measured (`{run['commands']['oracle']}`, "
+                f"then `{run['commands']['router']}`).")
+    name, k, part = max(gains, key=lambda each: each[2][0])
+    foreseen = next((row["foresight"][0] for row in run["controls"] if (row["domain"], row["k"]) == ("all", k)), 0)
+    share = f", {part[0] / foreseen:.0%} of what could be foreseen there" if foreseen > 0 else ""
+    sign = "gains" if claims.number(part[1]) > 0 else "does not clearly gain:"
+    return (f"Of {len(gains)} routers the best, {name} at k = {k:g}, {sign} {shown(part)} over the best fixed "
+            f"pattern{share}.")
+
+
+def joint(study):
+    """study: a *_joint.json of results/joint_study.py, or {}"""
+    if not study:
+        return ("What joint training reaches is another study's (`python results/joint_study.py`, then `python "
+                "analyze.py --joint=out/joint_study/..._joint.json`).")
+    over = study["mean_over_seeds"]["all"]
+    return (f"Trained with its router from the first step, a model with k = {study['k']} is "
+            f"{side(over['joint - equal'], 'the dense model of equal FLOPs')} and "
+            f"{side(over['joint - full'], 'the full dense model')}, in the mean of {len(study['seeds'])} seeds.")
+
+
+def time_saved(run):
+    """The policy nearest to half of the layers BIG: first a router, then one pattern for all tokens."""
+    times, model = run["times"], run["model"]
+    if not times or model is None:
+        return f"No times were measured (`python analyze.py --out_dir={run['folder']}`, where the checkpoint is)."
+    L, parts = model.config.n_layer, []
+    routers = [name for name in times if name.rpartition(" ")[0] in figures.NAMES]
+    for what, names in (("under the {} router", routers), ("under one pattern", [n for n in times if "fixed" in n])):
+        if names:
+            name = min(names, key=lambda name: abs(float(name.split()[-1]) - L / 2))
+            k = float(name.split()[-1])
+            flops = 1 - (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
+            saved = 1 - times[name][0]
+            parts.append(f"{what.format(name.split()[0])} at k = {k:g} {'saves' if saved > 0 else 'costs'} "
+                         f"{abs(saved):.0%} of the time where {1 - flops:.0%} of the FLOPs are saved")
+    return (f"A forward {', and '.join(parts)} (against all-big, {run['times_on']['device']}; the router's own FLOPs "
+            "left out).")
+
+
+@torch.no_grad()
+def tell(run, findings, study):
+    """-> the five sentences"""
+    return [*oracle(run, findings), router(run), joint(study), time_saved(run)]
