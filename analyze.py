@@ -1,6 +1,7 @@
 """From a run's files to every figure, a verdict on each of the paper's claims, and one page to explore: report.html.
 
     python analyze.py                                  figures/*.png, findings.json and report.html of the last run
+    python analyze.py --slides                         slides/, to teach from: PNG files in 16:9, and slides.html
     python analyze.py --check                          do the raw files still say what findings.json says? (else exit 1)
     python analyze.py --dense=out/dense --freeze=out/frozen   F12 and figure 8: two runs trained apart, same tokens
 
@@ -37,6 +38,7 @@ import claims
 import data
 import figures
 import router
+import slides
 import zoo_figures
 from common import (
     UserError,
@@ -64,6 +66,7 @@ class AnalyzeConfig:
     seed: int = arg(1, "seeds the random routes of --freeze")
     preset: str = arg("auto", "cpu, gpu or debug: how much text the explorer holds")
     check: bool = arg(False, "compare findings.json with the raw files, write nothing, exit 1 where they differ")
+    slides: bool = arg(False, "draw the slides alone: slides/light/*.png, slides/dark/*.png and slides/slides.html")
     dense: str = arg("", "a run of train.py --train_route=big of the same size, for F12 and figure 8")
     freeze: str = arg("", "a run of train.py --train_route=big_then_small of the same size, for the same")
     sequences: int = arg(2, "validation sequences per domain in the token explorer")
@@ -596,6 +599,21 @@ def code(text):
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
+def draw_slides(made, config):
+    """--slides: the pictures, and a line for each that is not there"""
+    if not made["files"]:
+        raise UserError(f"--slides: {config.out_dir} has no searches of its checkpoint to show; make them with "
+                        f"`{made['commands']['oracle']}`")
+    made["times_on"] = time_policies(made, config.rounds)
+    made["times"] = made["times_on"].get("times", {})
+    drawn, lacking = slides.write(made, f"python analyze.py --slides --out_dir={shlex.quote(config.out_dir)}")
+    for file, message in drawn:
+        print(f"{file}: {message}")
+    for name, text in lacking:
+        print(f"not drawn: {name}: {text}")
+    print(f"done: {len(drawn)} slides, light and dark; show them with\n{made['folder'] / 'slides' / 'slides.html'}")
+
+
 @torch.no_grad()
 def main(argv=None):
     config = parse_config(AnalyzeConfig, argv, PRESETS)
@@ -604,8 +622,12 @@ def main(argv=None):
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
     if config.check and (config.dense or config.freeze):
         raise UserError("--check: compares what is stored and measures nothing; leave out --dense and --freeze")
+    if config.slides and (config.check or config.dense or config.freeze):
+        raise UserError("--slides: draws what is measured; leave out --check, --dense and --freeze")
     made = read(config)
     folder = made["folder"]
+    if config.slides:
+        return draw_slides(made, config)
     made["comparisons"] = compare(made, config)
     if config.check:
         return check(made, folder / "findings.json")
