@@ -21,8 +21,8 @@ def commands(page):
     """COURSE.md -> [(stop, command)], without the exercises"""
     found = []
     for stop in re.findall(r"^## Stop \d.*?(?=^## )", page, re.M | re.S):
-        for block in re.findall(r"^```\n(.*?)^```$", stop, re.M | re.S):
-            found += [(int(stop[8]), line) for line in block.splitlines()]
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", stop, re.M | re.S):
+            found += [(int(stop[8]), line) for line in block.splitlines() if not language]
     return found
 
 

@@ -65,7 +65,7 @@ def test_commands_parse(command):
 
 def test_commands_in_the_text_parse():
     inline = re.findall(r"`python ((\w+)\.py [^`]+)`", COURSE)
-    assert inline
+    assert inline  # analyze.py --slides
     for command, name in inline:
         module = importlib.import_module(name)
         parse_config(getattr(module, CONFIGS[name]), shlex.split(command)[1:], module.PRESETS)
@@ -77,7 +77,7 @@ def test_names_exist():
     for name in re.findall(r"python -m pytest (exercises/\w+\.py)", COURSE):
         assert (ROOT / name).exists(), name
     code = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
-    for owner, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", COURSE):  # Block.forward_dense
+    for owner, method in re.findall(r"`([A-Z][a-z]\w+)\.(\w+)`", COURSE):  # Block.forward_dense
         assert any(re.search(rf"^class {owner}\b", text, re.M) and f"    def {method}(" in text
                    for text in code.values()), (owner, method)
     for name in re.findall(r"`([a-z_]+)`", COURSE):
@@ -96,10 +96,13 @@ def test_the_exercises_listed_are_those_in_the_folder():
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
 
-def test_minutes():
+def test_minutes(monkeypatch):
     """The table of stops says what the commands of each stop took, and the commands are those of the page."""
     walk = results("cpu_course.json")
-    assert [row["command"] for row in walk["commands"]] == [line for line in COMMANDS if "pytest" not in line]
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    course = importlib.import_module("course")
+    assert [(row["stop"], row["command"]) for row in walk["commands"]] == course.commands(COURSE)
+    assert [command for _, command in course.commands(COURSE)] == [line for line in COMMANDS if "pytest" not in line]
     seconds = Counter()
     for row in walk["commands"]:
         seconds[row["stop"]] += row["seconds"]
@@ -152,7 +155,7 @@ def oracle_numbers():
             f"One BIG layer, well placed, has {rows[1]['label']:.3f}",
             f"At k = 4 the oracle gains {four['gain'][0]:.3f} nats over the best fixed pattern: "
             f"{four['foresight'][0]:.3f} of that is foresight, {four['hindsight'][0]:.3f} hindsight",
-            f"loses {-four['learnable'][0]:.3f} against the fixed pattern",
+            "gains nothing over the fixed pattern: {:.3f} ({:.3f} to {:.3f})".format(*four["learnable"]),
             f"Greedy search does {greedy[0]['work']:.0%} of the work of exhaustive search and is at most "
             f"{max(row['gap'][0] for row in greedy):.3f} nats worse",
             f"counts {bench['counted_ratio']:.1f} times less work than one route after the other, and is "
@@ -170,15 +173,12 @@ def router_numbers():
     assert len(paper) == 5
     four = next(row for row in results("h100_oracle.json")["controls"]["sequential"]
                 if (row["domain"], row["k"]) == ("all", 4))
-    own = {(row["name"], row["budget"]): row["minus_fixed"] for row in walk}
-    return [sentence(own["linear", 4]),
+    own = next(row for row in walk if (row["name"], row["budget"]) == ("linear", 4))
+    low, estimate, high = sorted(-value for value in own["minus_fixed"])
+    return [f"the linear router at k = 4 gained {estimate:.3f} nats ({low:.3f} to {high:.3f}) over the best fixed "
+            f"pattern, on {own['sequences']} sequences",
             f"gains {-best['versus']['fixed'][0]:.3f} nats over the best fixed pattern at k = 4, "
             f"{best['recovered'][0]:.1%} of the gap", f"{four['foresight'][0]:.3f} of {four['gain'][0]:.3f}"]
-
-
-def sentence(minus_fixed):
-    gain, least, most = -minus_fixed[0], -minus_fixed[2], -minus_fixed[1]
-    return f"{gain:.3f} nats ({least:.3f} to {most:.3f})"
 
 
 def zoo_numbers():
@@ -188,7 +188,10 @@ def zoo_numbers():
     h100 = {row["name"]: row["loss"] for row in results("h100_routers.json")["rows"]
             if (row["domain"], row["budget"]) == ("all", 4)}
     assert abs(h100["rmoe"] - h100["rmoe_np"]) < 0.001
-    return [f"RMoE is {line['effect']:.3f} nats better than its control ({line['ci'][0]:.3f} to {line['ci'][1]:.3f}), "
+    above = {row["name"]: row["minus_fixed"][0] for row in results("cpu_course.json")["routers"]}
+    assert above["rmoe_np"] > above["rmoe"] > 0 > above["linear"]
+    return [f"RMoE was {above['rmoe']:.3f} nats above the best fixed pattern, its control {above['rmoe_np']:.3f}",
+            f"RMoE is {line['effect']:.3f} nats better than its control ({line['ci'][0]:.3f} to {line['ci'][1]:.3f}), "
             f"but {seeds['1'][0]:.3f} in one seed and {seeds['2'][0]:.3f} in the other",
             "level to 0.001 at k = 4"]
 
