@@ -95,11 +95,12 @@ def progress(items, what, total=None):
 # the python corpus: what is installed anyway
 
 def python_files():
-    """-> sorted list of the .py files of the standard library, of requirements.txt and of all that those require."""
+    """-> sorted list of the .py files of the standard library, of requirements.txt (down to its first comment: what
+    only the notebook needs is no text to learn from) and of all that those require."""
     files = set()
     for root in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}:
         files |= {path for path in Path(root).rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts)}
-    todo, done = Path(__file__).with_name("requirements.txt").read_text().splitlines(), set()
+    todo, done = Path(__file__).with_name("requirements.txt").read_text().partition("#")[0].splitlines(), set()
     while todo:
         requirement = todo.pop()  # such as: numpy>=1.23; python_version < "3.12"
         name = re.match(r"\s*([\w.-]*)", requirement)[1].lower().replace("_", "-")

@@ -155,6 +155,7 @@ def test_python_files_follow_the_requirements():
     names = {path.parts[-2] for path in REAL_FILES()}
     assert {"torch", "numpy", "sympy", "json", "asyncio"} <= names  # sympy: only torch asks for it
     assert not {"pip", "ruff"} & names
+    assert not {"ipykernel", "nbclient"} & names  # for the notebook: below the comment of requirements.txt
 
 
 # ---------------------------------------------------------------------------------------------------------------------
