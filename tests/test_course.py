@@ -171,8 +171,7 @@ def router_numbers():
     paper = [row for row in rows if row["name"] in ("linear", "gumbel", "mlp", "advantage", "distilled")]
     best = min(paper, key=lambda row: row["loss"])
     assert len(paper) == 5
-    four = next(row for row in results("h100_oracle.json")["controls"]["sequential"]
-                if (row["domain"], row["k"]) == ("all", 4))
+    four = next(row for row in results("h100_routers.json")["controls"]["rows"] if row["k"] == 4)
     own = next(row for row in walk if (row["name"], row["budget"]) == ("linear", 4))
     low, estimate, high = sorted(-value for value in own["minus_fixed"])
     return [f"the linear router at k = 4 gained {estimate:.3f} nats ({low:.3f} to {high:.3f}) over the best fixed "
