@@ -1,5 +1,6 @@
 """The exercises, all that there are: each check fails on the stub, passes with the solution, and rejects mistakes."""
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -124,9 +125,15 @@ def checks(exercise):
     return [value for key, value in vars(exercise).items() if key.startswith("test_")]
 
 
+@functools.cache
+def exercise_of(name):
+    """Loaded once: what a check trains, and keeps, serves all the mistakes."""
+    return load(STUBS / name)
+
+
 def solved(name, patch, source=None):
     """The exercise with the functions of its solution in place -> its checks"""
-    exercise, solution = load(STUBS / name), load(SOLUTIONS / name, source)
+    exercise, solution = exercise_of(name), load(SOLUTIONS / name, source)
     for function in stubs(name):
         patch.setattr(exercise, function, getattr(solution, function))
     return checks(exercise)
