@@ -25,7 +25,7 @@ training text: the oracle's own files are about validation text, and a router tr
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
 --joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
-the schedules of tau and alpha are the same, but tau stays at 1 at the gpu preset. The budget starts at all layers and falls to k in the first half: a BIG
+alpha's schedule is the same, but tau stays at 1: a router that explores to the end. The budget starts at all layers and falls to k in the first half: a BIG
 that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for
 each sequence, uniform over 1..L, and the router is told: the log odds of k/L, times a learned weight, are added to its
 logits. Its file for k has k in a buffer.
@@ -125,6 +125,7 @@ class RouterConfig(Learning):
 @dataclass
 class JointConfig(Learning, train.TrainConfig):
     """train.py's flags, with --train_route left out of use: the router routes."""
+    tau_end: float = arg(1.0, "temperature of P at the last step; as at the first, so that the router goes on exploring")
     anneal: float = arg(0.5, "share of the steps in which the budget falls from all layers to --budget, linearly")
 
 
@@ -137,7 +138,6 @@ PRESETS = {
 }
 JOINT_PRESETS = {name: values | {key: PRESETS[name][key] for key in ("hidden", "calibration_tokens")
                                  if key in PRESETS[name]} for name, values in train.PRESETS.items()}
-JOINT_PRESETS["gpu"]["tau_end"] = 1.0  # a router that goes on exploring: 0.028 nats better there (NOTES.md)
 SETS = {  # what `python router.py` trains: {name: budgets}
     "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),
     "cpu": {"linear": "4,6,8", "advantage": "4,6"},

@@ -621,7 +621,7 @@ def together(here, tmp_path):
 
 
 def test_joint_training_learns_and_meets_its_budget(together, tmp_path, capsys, monkeypatch):
-    assert together(max_steps=60, learning_rate=0.02, eval_interval=60, skip_every=0) == 0
+    assert together(max_steps=120, learning_rate=0.02, eval_interval=120, skip_every=0) == 0
     log = train.read_jsonl(tmp_path / "joint" / "metrics.jsonl")
     first, *_, last = [line for line in log if line["kind"] == "train"]
     assert last["cross_entropy"] < first["cross_entropy"] - 1
@@ -631,7 +631,7 @@ def test_joint_training_learns_and_meets_its_budget(together, tmp_path, capsys, 
     assert all(0 <= routes["router"]["big"] <= 3 for routes in evaluation["domains"].values())
     rows = json.loads((tmp_path / "joint" / "routers.json").read_text())
     (row,) = rows  # one domain
-    assert (row["name"], row["budget"], row["steps"]) == ("mlp", 1, 60)
+    assert (row["name"], row["budget"], row["steps"]) == ("mlp", 1, 120)
     assert row["calibration"]["big"] == pytest.approx(1, abs=0.05)
     # The base is a run as any other, the router a file as any other.
     model, shape, rest = load_run(tmp_path / "joint", "cpu")
