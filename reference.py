@@ -1,4 +1,4 @@
-"""The reference study: what README and the report say of the gpu preset, made again by one command.
+"""The reference study: what RESULTS.md and the report say of the gpu preset, made again by one command.
 
     python reference.py --list             the steps, their expected minutes and commands; nothing is run
     python reference.py                    all of them, in order; what is finished is skipped, what was cut goes on
@@ -93,7 +93,7 @@ def steps(preset):
         found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
                                       *["--resume"] * (script == "train.py")]))
 
-    few = {"steps": 300} if preset == "gpu" else {}  # as README's tables; its 1,500 would take hours a seed
+    few = {"steps": 300} if preset == "gpu" else {}  # as RESULTS.md's tables; its 1,500 would take hours a seed
     parameters = {size: n_parameters(sized(preset, size)) for size in SIZES}
     times = {size: number / parameters["base"] for size, number in parameters.items()}
 

@@ -25,10 +25,10 @@ training text: the oracle's own files are about validation text, and a router tr
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
 --joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
-alpha's schedule is the same, but tau stays at 1: a router that explores to the end. The budget starts at all layers and falls to k in the first half: a BIG
-that from the start sees a third of the tokens learns less (NOTES.md has figures). With --budget=any, k is drawn for
-each sequence, uniform over 1..L, and the router is told: the log odds of k/L, times a learned weight, are added to its
-logits. Its file for k has k in a buffer.
+alpha's schedule is the same, but tau stays at 1: a router that explores to the end. The budget starts at all layers
+and falls to k in the first half: a BIG that from the start sees a third of the tokens learns less (NOTES.md has
+figures). With --budget=any, k is drawn for each sequence, uniform over 1..L, and the router is told: the log odds of
+k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
 
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
 no router on a frozen base trained on. (The base has seen it, and so has a router that learned with it; but only a
@@ -125,7 +125,7 @@ class RouterConfig(Learning):
 @dataclass
 class JointConfig(Learning, train.TrainConfig):
     """train.py's flags, with --train_route left out of use: the router routes."""
-    tau_end: float = arg(1.0, "temperature of P at the last step; as at the first, so that the router goes on exploring")
+    tau_end: float = arg(1.0, "temperature of P at the last step; as at the first: the router goes on exploring")
     anneal: float = arg(0.5, "share of the steps in which the budget falls from all layers to --budget, linearly")
 
 

@@ -172,7 +172,7 @@ def skipping(config, first, n):
 
 def stage1_route(config, B, generator):
     """Random routing of a whole batch -> [B, T, L]. Two ways (SMALL, BIG) as in the paper, but three ways in every
-    skip_every-th sequence. (README has what skips in training cost and what they buy.)"""
+    skip_every-th sequence. (RESULTS.md has what skips in training cost and what they buy.)"""
     T, L = config.block_size, config.n_layer
     route = random_route(B, T, L, 0.0, config.p_big, generator)
     three_way = route[skipping(config, 0, B)]

@@ -1,4 +1,4 @@
-"""Make the tables of README.md and ZOO.md, and README's picture, from the files here: python results/make.py
+"""Make the tables of README, RESULTS and ZOO, and their pictures, from the files here: python results/make.py
 
 The tables stand between <!-- table: name --> and <!-- end -->; tests/test_readme.py checks that they are up to date.
 """
@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README, ZOO = HERE.parent / "README.md", HERE.parent / "ZOO.md"
+PAGES = [HERE.parent / name for name in ("README.md", "RESULTS.md", "ZOO.md")]
 sys.path.insert(0, str(HERE.parent))
 
 
@@ -376,7 +376,7 @@ def draw_zoo():
 
 
 if __name__ == "__main__":
-    for page in (README, ZOO):
+    for page in PAGES:
         page.write_text(fill(page.read_text()))
     draw()
     draw_zoo()
