@@ -94,10 +94,12 @@ def oracle_numbers():
                if (line["name"], line["domain"]) == ("mlp", "all")}
     half = next(line for line in results("h100_inference.json")["inference"]
                 if (line["route"], line["width"]) == ("half-big", 1024))
-    return [f"gains {row['gain'][0]:.3f} nats over the best fixed pattern at 6", f"At most {row['hindsight'][0]:.3f} of that needs the answer",
+    return [f"gains {row['gain'][0]:.3f} nats over the best fixed pattern at 6",
+            f"At most {row['hindsight'][0]:.3f} of that needs the answer",
             f"{row['foresight'][0]:.3f} could be foreseen",
             f"{reached[6]:.3f} of it at k = 6, {reached[4]:.3f} at k = 4",
-            f"half of the FFNs big saves {half['flops_saved']:.0%} of a forward's FLOPs and {half['time_saved']:.0%} of its time",
+            f"half of the FFNs big saves {half['flops_saved']:.0%} of a forward's FLOPs and "
+            f"{half['time_saved']:.0%} of its time",
             f"The searches took {sum(search['seconds'] for search in searches.values()) / 60:.0f} minutes",
             f"all-big {own['code']['big']['loss']:.3f} and {own['prose']['big']['loss']:.3f} at its end",
             f"the best of 3^12 has {loss(three_way, 'any'):.2f} nats",
