@@ -192,12 +192,11 @@ def read_joint(path):
         return {}
     try:
         study = json.loads(Path(path).read_text())
-        if "joint - full" in study["mean_over_seeds"]["all"]:
-            return study
+        story.joint({}, study)  # it has all that is told of it
+        return study
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"--joint={path}: is no file of results/joint_study.py; `python results/joint_study.py` makes "
-                    "out/joint_study/<preset>_joint.json")
+        raise UserError(f"--joint={path}: is no file of results/joint_study.py; `python results/joint_study.py` makes "
+                        "out/joint_study/<preset>_joint.json") from None
 
 
 def read_words(folder):
@@ -625,10 +624,10 @@ def main(argv=None):
     for name, least in (("sequences", 1), ("rounds", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name}={getattr(config, name)}: must be {least} or more")
-    if config.check and (config.dense or config.freeze):
-        raise UserError("--check: compares what is stored and measures nothing; leave out --dense and --freeze")
-    if config.slides and (config.check or config.dense or config.freeze):
-        raise UserError("--slides: draws what is measured; leave out --check, --dense and --freeze")
+    if config.check and (config.dense or config.freeze or config.joint):
+        raise UserError("--check: compares what is stored and measures nothing; leave out --dense, --freeze, --joint")
+    if config.slides and (config.check or config.dense or config.freeze or config.joint):
+        raise UserError("--slides: draws what is measured; leave out --check, --dense, --freeze and --joint")
     made = read(config)
     made["joint"] = read_joint(config.joint)
     folder = made["folder"]

@@ -189,8 +189,8 @@ def selection(run):
     k, tries = lowest.get_label(), lowest.get_xdata()[-1]
     curve = run["patterns"]["curve"][int(k[2:])][:, run["patterns"]["curve_n"] == tries][:, 0]
     part = claims.interval(run["patterns"]["fixed"][-1].mean(-1) - curve)
-    return figure, f"Luck alone: per token, the best of {tries} random routes ({k}) is {than(part, 'all-big')}", (
-        f"{len(curve)} sequences, {run['patterns_context']} context")
+    return figure, (f"Picked by the label: per token, the best of {tries} random routes ({k}) is "
+                    f"{than(part, 'all-big')}"), (f"{len(curve)} sequences, {run['patterns_context']} context")
 
 
 def where(run):
@@ -206,9 +206,10 @@ def where(run):
     L, (fewest, *_), (*_, most) = label["routes"].shape[-1], big.values(), big.values()
     _, low, high = claims.interval(np.hstack((fewest, most)), lambda m: (
         claims.centre_of_mass(m[..., :L]) - claims.centre_of_mass(m[..., L:])))
-    moves = ("The more BIG layers the oracle has, the earlier they lie" if low > 0 else
-             "The more BIG layers the oracle has, the later they lie" if high < 0 else
-             "The oracle's BIG layers lie at much the same depth for all k")
+    ks = [*big]
+    moves = ("The oracle's BIG layers lie " + (f"earlier at {ks[-1]} than at {ks[0]}" if low > 0 else
+             f"later at {ks[-1]} than at {ks[0]}" if high < 0 else f"as deep at {ks[-1]} as at {ks[0]}, so far as can "
+             "be seen"))
     depths = ", ".join(f"{claims.centre_of_mass(each.mean(0)):.2f} at {k}" for k, each in big.items())
     return figure, f"{moves}: mean depth {depths}", (
         f"depth: 0 the first layer, 1 the last; {len(label['idx'])} sequences, {label['context']} context")
@@ -219,9 +220,9 @@ def tokens(run):
     figure, _ = figures.figure_5(run | {"label": label | {"domains": label["domains"][:1]}}, n=26)
     label_ends(cut(figure, figure.axes[0]), line_height=0.095)  # the token names leave less height
     hard = losses["all-small"] >= np.quantile(losses["all-small"], 0.9)
-    stuck = ((losses["all-small"] - losses["oracle"])[hard] < 0.5).mean()
-    return figure, ("Hard is one thing, improvable another: of the hardest tenth of tokens "
-                    f"{stuck:.0%} gain less than half a nat"), (
+    stuck = (losses["all-small"] - losses["oracle"]) < 0.5
+    return figure, (f"Of the hardest tenth of tokens {stuck[hard].mean():.0%} gain less than half a nat by the best "
+                    f"route, of all others {stuck[~hard].mean():.0%}"), (
         f"{len(label['idx'])} sequences, {label['context']} context; the text: a part of one")
 
 

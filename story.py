@@ -1,6 +1,6 @@
 """A run's story in five sentences, for the top of the report: what the oracle gains, how much of that is hindsight,
-what a router reaches, what joint training reaches, and what time was really saved. Every number is the run's own, and
-the words follow it; what was not measured is said, with the command that does it.
+what a router reaches, what joint training reaches, and what time was really saved. Every number is computed, and the
+words follow it; what was not measured is said, with the command that does it.
 """
 import numpy as np
 import torch
@@ -39,13 +39,14 @@ def oracle(run, findings):
     split = [row for row in run["controls"] if row["domain"] == "all"]
     if split:
         row = max(split, key=lambda row: row["gain"][0])
+        foreseen = (f"At least {shown(row['foresight'])} of that could be foreseen" if row["foresight"][0] > 0 else
+                    f"None of that could be foreseen for sure (foresight {shown(row['foresight'])})")
         return [f"The oracle, which knows the next token, gains {shown(row['gain'])} over the best fixed pattern at "
-                f"k = {row['k']}.",
-                f"At least {shown(row['foresight'])} of that could be foreseen, at most {shown(row['hindsight'])} is "
-                "hindsight."]
+                f"k = {row['k']}.", f"{foreseen}, at most {shown(row['hindsight'])} is hindsight."]
     best = next((line for line in findings if line["id"] == "F3" and line["effect"] is not None), None)
-    return [f"The oracle, which knows the next token, is at its best {shown((best['effect'], *best['ci']))} below "
-            "all-big." if best else f"The oracle was not searched (`{run['commands']['oracle']}`).",
+    over = [claims.number(value) for value in (best["effect"], *best["ci"])] if best else None
+    return [f"The oracle, which knows the next token, is at its best {side((-over[0], -over[2], -over[1]), 'all-big')}."
+            if best else f"The oracle was not searched (`{run['commands']['oracle']}`).",
             f"How much of that is hindsight was not measured (`{run['commands']['oracle']} --reference=...`)."]
 
 
@@ -56,27 +57,30 @@ def router(run):
                 f"then `{run['commands']['router']}`).")
     name, k, part = max(gains, key=lambda each: each[2][0])
     foreseen = next((row["foresight"][0] for row in run["controls"] if (row["domain"], row["k"]) == ("all", k)), 0)
-    share = f", {part[0] / foreseen:.0%} of what could be foreseen there" if foreseen > 0 else ""
-    sign = "gains" if claims.number(part[1]) > 0 else "does not clearly gain:"
-    return (f"Of {len(gains)} routers the best, {name} at k = {k:g}, {sign} {shown(part)} over the best fixed "
-            f"pattern{share}.")
+    same = run["controls_context"] == "sequential"  # as routers are run: else the two cannot be divided
+    share = (f", {part[0] / foreseen:.0%} of what could be foreseen there" if same and min(part[0], foreseen) > 0
+             else "")
+    of = f"Of {len(gains)} routers the best on this text" if len(gains) > 1 else "The router"
+    return (f"{of}, {name} at k = {k:g}, is {side((-part[0], -part[2], -part[1]), 'the best fixed pattern')} of equal "
+            f"spending{share}.")
 
 
-def joint(study):
+def joint(run, study):
     """study: a *_joint.json of results/joint_study.py, or {}"""
     if not study:
-        return ("What joint training reaches is another study's (`python results/joint_study.py`, then `python "
-                "analyze.py --joint=out/joint_study/..._joint.json`).")
+        return ("What joint training reaches is another study's (`python results/joint_study.py`, then "
+                f"`python analyze.py --out_dir={run['folder']} --joint=out/joint_study/..._joint.json`).")
     over = study["mean_over_seeds"]["all"]
-    return (f"Trained with its router from the first step, a model with k = {study['k']} is "
-            f"{side(over['joint - equal'], 'the dense model of equal FLOPs')} and "
-            f"{side(over['joint - full'], 'the full dense model')}, in the mean of {len(study['seeds'])} seeds.")
+    return (f"In a study of its own ({study['preset']} preset, {study['device']}, {study['sequences']} sequences, "
+            f"mean of {len(study['seeds'])} seeds) a model trained with its router from the first step, "
+            f"k = {study['k']}, is {side(over['joint - equal'], 'the dense model of equal FLOPs')} and "
+            f"{side(over['joint - full'], 'the full dense model')}.")
 
 
 def time_saved(run):
     """The policy nearest to half of the layers BIG: first a router, then one pattern for all tokens."""
     times, model = run["times"], run["model"]
-    if not times or model is None:
+    if not any(name.startswith("fixed") for name in times) or model is None:
         return f"No times were measured (`python analyze.py --out_dir={run['folder']}`, where the checkpoint is)."
     L, parts = model.config.n_layer, []
     routers = [name for name in times if name.rpartition(" ")[0] in figures.NAMES]
@@ -86,13 +90,13 @@ def time_saved(run):
             k = float(name.split()[-1])
             flops = 1 - (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
             saved = 1 - times[name][0]
-            parts.append(f"{what.format(name.split()[0])} at k = {k:g} {'saves' if saved > 0 else 'costs'} "
-                         f"{abs(saved):.0%} of the time where {1 - flops:.0%} of the FLOPs are saved")
-    return (f"A forward {', and '.join(parts)} (against all-big, {run['times_on']['device']}; the router's own FLOPs "
-            "left out).")
+            parts.append(f"{what.format(name.split()[0])} at k = {k:g} a forward takes {abs(saved):.0%} "
+                         f"{'less' if saved > 0 else 'more'} time than all-big for {1 - flops:.0%} fewer FLOPs")
+    told = "; ".join(parts)
+    return f"{told[0].upper()}{told[1:]} ({run['times_on']['device']}; the router's own FLOPs left out)."
 
 
 @torch.no_grad()
 def tell(run, findings, study):
     """-> the five sentences"""
-    return [*oracle(run, findings), router(run), joint(study), time_saved(run)]
+    return [*oracle(run, findings), router(run), joint(run, study), time_saved(run)]

@@ -6,7 +6,8 @@ model in a few seconds (on the source of this project), makes your router on it,
 measured, with router.measure: on validation text, in the sequential context, beside the baselines.
 
 Why. The mean random pattern is what spending k BIG per token gives without any thought. A method that does not beat it
-at equal FLOPs has found nothing, however good its loss looks by itself.
+at equal FLOPs has found nothing, however good its loss looks by itself. (The harder goal, which no check asks for: the
+best fixed pattern of equal FLOPs. Beat it, and it is the tokens, not the layers, that your router has understood.)
 
 Read first: "A router of your own" in README.md, then TokenId in zoo.py.
 

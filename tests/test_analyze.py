@@ -447,7 +447,7 @@ def test_an_empty_folder_is_told_everything(tmp_path):
     for command in commands:
         parses(command)
     page = (tmp_path / "report.html").read_text()
-    assert not list((tmp_path / "figures").iterdir()) and page.count("<li>") == n
+    assert not list((tmp_path / "figures").iterdir()) and page.count("<li>") == n + 5  # and the story
 
 
 def test_commands_for_skips_parse(made):

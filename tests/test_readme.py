@@ -95,7 +95,7 @@ def oracle_numbers():
     half = next(line for line in results("h100_inference.json")["inference"]
                 if (line["route"], line["width"]) == ("half-big", 1024))
     return [f"gains {row['gain'][0]:.3f} nats over the best fixed pattern at 6",
-            f"At most {row['hindsight'][0]:.3f} of that needs the answer",
+            f"at most {row['hindsight'][0]:.3f} of that needs the answer",
             f"{row['foresight'][0]:.3f} could be foreseen",
             f"{reached[6]:.3f} of it at k = 6, {reached[4]:.3f} at k = 4",
             f"half of the FFNs big saves {half['flops_saved']:.0%} of a forward's FLOPs and "

@@ -119,7 +119,7 @@ def test_titles_have_the_runs_numbers(run):
     big = run["patterns"]["fixed"][-1].mean()
     assert f"best of 4 random routes (k=2) is {big - run['patterns']['curve'][2, :, -1].mean():.2f} nats better" in (
         title("selection", run))
-    assert "the earlier they lie: mean depth 0.64 at k=4, 0.50 at k=6" in title("where", run)
+    assert "earlier at k=8 than at k=4: mean depth 0.64 at k=4, 0.50 at k=6" in title("where", run)
     assert "gain less than half a nat" in title("tokens", run)
     assert title("routers", run).startswith("Of 1 routers 1 beat the best fixed pattern of equal compute, 0 are worse")
     flops = run["model"].flops
@@ -141,9 +141,9 @@ def test_titles_follow_the_data_the_other_way_round(run):
         "split", run, controls=[row | {"foresight": [0.01, -0.1, 0.1]}])
     assert "nothing to foresee" in title("split", run, controls=[row | {"gain": [-0.1, -0.2, 0.0]}])
     mirrored = run["label"] | {"routes": run["label"]["routes"][..., ::-1]}
-    assert "the later they lie" in title("where", run, label=mirrored)
+    assert "lie later at k=8 than at k=4" in title("where", run, label=mirrored)
     even = np.where(np.arange(L) % 2, BIG, SMALL) + 0 * run["label"]["routes"]
-    assert "much the same depth" in title("where", run, label=run["label"] | {"routes": even})
+    assert "as deep at k=8 as at k=4" in title("where", run, label=run["label"] | {"routes": even})
     for lead, words in ((-0.1, "0 beat the best fixed pattern of equal compute, 1 are worse"), (0, "1 cannot be told")):
         assert words in title("routers", run, routers={"linear_k4_s5": router(run, lead)})
     slow = {name: [2 - time for time in part] for name, part in run["times"].items()}
