@@ -73,6 +73,7 @@ def test_hard_choices_are_counted():
 
 
 def test_the_budget_is_met():
+    test_hard_choices_are_counted()  # a search that counts wrongly cannot end well
     for scale in (1.0, 100.0):  # of the logits: a router may be very sure of its choices
         model, router, (idx, other) = small_model_and_router(scale)
         before, passes = router.w_out.clone(), [0]
