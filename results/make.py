@@ -212,6 +212,14 @@ def zoo(domain):
                      "recovered, k = 4, both domains"], rows)
 
 
+def zoo_times():
+    """What deciding costs in time: FLOPs and time that each system saves against all-big, on a laptop, k = 4."""
+    report = json.loads((HERE / "cpu_router_times.json").read_text())
+    return markdown(["system", "BIG", "MFLOP to decide", "FLOPs saved", "time saved"],
+                    [[row["name"], f"{row['big']:.2f}", f"{row['router_flops'] / 1e6:.3f}", f"{row['flops_saved']:.0%}",
+                      f"{row['time_saved']:.0%}"] for row in report["rows"]])
+
+
 def effects():
     """What each system's paper claims, measured: one H100 and a laptop."""
     runs = [{line["system"]: line for line in json.loads((HERE / f"{name}_zoo.json").read_text())}
@@ -305,7 +313,8 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
           "findings": findings, "routers-h100": routers, "foresight-h100": foresight,
-          "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "effects": effects,
+          "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "zoo-times-cpu": zoo_times,
+          "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-h100": lambda: joint("h100_joint.json"),
           "joint-leads-h100": joint_leads, "any-h100": any_h100,
           "any-cpu": lambda: any_budget("cpu_joint.json"),

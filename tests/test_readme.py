@@ -197,6 +197,9 @@ def zoo_numbers():
     for k, level in ((2, False), (4, False), (6, True), (8, True)):
         here = [row["linear_minus_tryage"] for row in h100["tryage"]["budgets"] if row["k"] == k]
         assert level == any(part[2] > 0 for part in here), k
+    times = {row["name"]: row for row in results("cpu_router_times.json")["rows"]}
+    assert 0.5 < times["linear"]["time_saved"] / times["linear"]["flops_saved"] < 0.7
+    assert all(times[name]["time_saved"] < 0.5 * times["linear"]["time_saved"] for name in ("rmoe", "lora_mixer"))
     two = rows["tryage", 2]["versus"]["fixed"][0] - rows["linear", 2]["versus"]["fixed"][0]
     return ["share more information than without the state ({:.4f} nats more, {:.4f} to {:.4f})".format(
                 *rmoe["rmoe_minus_np_mutual_information"]),
@@ -212,6 +215,7 @@ def zoo_numbers():
             "nats worse than under a linear router; unfamiliar text overflows a little more "
             f"({drop['overflow']['out'][-1][0]:.0%})",
             f"costs {fixed['glider'] - fixed['linear']:.3f} nats against the linear router at k = 4: {costs} by seed",
+            f"makes a forward {1 - times['rewire']['time_saved']:.0f} times as long",
             f"at least {lora[0]:.3f} and {lora[1]:.3f} better than every router without LoRAs",
             f"are routed, and {h100['lora_mixer']['routers']['linear']['minus_single'][0]:.3f} nats",
             f"routing is {cpu['lora_mixer']['routers']['lora_mixer_few']['minus_single'][0]:.3f} worse",
