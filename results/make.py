@@ -186,6 +186,15 @@ def routers():
                       share(row["recovered"])] for row in rows])
 
 
+def routers_cpu():
+    """The laptop's: baselines of their own context only, all on the routers' sequences."""
+    rows = [row for row in json.loads((HERE / "cpu_routers.json").read_text())["rows"] if row["domain"] == "all"]
+    return markdown(["router", "k", "BIG", "loss", "minus best fixed", "minus all-big"],
+                    [[row["name"], f"{row['budget']:g}", f"{row['achieved']:.2f}", f"{row['loss']:.3f}",
+                      *(cell(row["versus"][key]) for key in ("fixed", "all_big"))]
+                     for row in sorted(rows, key=lambda row: (row["budget"], row["loss"]))])
+
+
 def foresight():
     """What could be foreseen on the routers' own base, and what they find of it: gains over the best fixed pattern."""
     report, rows = json.loads((HERE / "h100_routers.json").read_text()), router_rows()
@@ -312,7 +321,7 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-h100": lambda: inference("h100_inference.json"),
           "inference-cpu": lambda: inference("cpu_bench.json"),
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
-          "findings": findings, "routers-h100": routers, "foresight-h100": foresight,
+          "findings": findings, "routers-h100": routers, "routers-cpu": routers_cpu, "foresight-h100": foresight,
           "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "zoo-times-cpu": zoo_times,
           "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-h100": lambda: joint("h100_joint.json"),

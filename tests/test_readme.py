@@ -167,6 +167,9 @@ def frozen_router_numbers():
         assert (row["versus"]["best100_data_set"][2] < 0) == (row["budget"] in (2, 4, 6)), row
     assert {name for name in ("linear", "gumbel", "mlp") if rows[name, 10]["versus"]["all_big"][2] < 0} == {
         "gumbel", "mlp"}
+    cpu = {(row["name"], row["budget"]): row for row in results("cpu_routers.json")["rows"] if row["domain"] == "all"}
+    assert all(cpu["linear", k]["versus"]["all_big"][2] < 0 for k in (6, 8))
+    assert all(cpu["mlp", k]["loss"] > cpu["linear", k]["loss"] for k in (4, 8))
     found = {row["k"]: -rows["mlp", row["k"]]["versus"]["fixed"][0] / row["foresight"][0]
              for row in results("h100_routers.json")["controls"]["rows"]}
     return [f"the MLP finds {found[2]:.0%} of what can be foreseen, at k = 4 {found[4]:.0%}, at k = 8 {found[8]:.0%}",
