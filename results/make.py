@@ -324,7 +324,8 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "findings": findings, "routers-h100": routers, "routers-cpu": routers_cpu, "foresight-h100": foresight,
           "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "zoo-times-cpu": zoo_times,
           "effects": effects,
-          "joint-cpu": lambda: joint("cpu_joint.json"), "joint-h100": lambda: joint("h100_joint.json"),
+          "joint-cpu": lambda: joint("cpu_joint.json"), "joint-cpu-k2": lambda: joint("cpu_joint_k2.json"),
+          "joint-h100": lambda: joint("h100_joint.json"),
           "joint-leads-h100": joint_leads, "any-h100": any_h100,
           "any-cpu": lambda: any_budget("cpu_joint.json"),
           "router-time-cpu": lambda: router_time("cpu_router_bench.json"), "searches-cpu": searches}

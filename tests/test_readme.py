@@ -121,6 +121,9 @@ def joint_numbers():
     equal, full = ([seed["loss"]["all"][f"joint - {name}"][0] for seed in report["seeds"]]
                    for name in ("equal", "full"))
     assert max(equal) < 0
+    two = results("cpu_joint_k2.json")
+    assert max(seed["loss"]["all"]["joint - equal"][0] for seed in two["seeds"]) < 0
+    assert two["mean_over_seeds"]["all"]["joint - full"][1] > 0
     over = {name: report["mean_over_seeds"]["all"][f"joint - {name}"][0] for name in ("equal", "full")}
     four = next(row for row in report["any"] if row["k"] == 4)["loss"]["all"]["any"][0]
     prefill = [row["time_saved / flops_saved"] for row in times if "prefill" in row["what"]]
