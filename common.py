@@ -107,6 +107,10 @@ def run(main):
         code = 2
     except KeyboardInterrupt:
         code = 130
+    if "RANK" in os.environ:  # under torchrun: a thread of the process group may outlive it, and would abort the exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
