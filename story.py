@@ -39,7 +39,8 @@ def oracle(run, findings):
     split = [row for row in run["controls"] if row["domain"] == "all"]
     if split:
         row = max(split, key=lambda row: row["gain"][0])
-        foreseen = (f"At least {shown(row['foresight'])} of that could be foreseen" if row["foresight"][0] > 0 else
+        sure = claims.number(row["foresight"][1]) > 0
+        foreseen = (f"At least {shown(row['foresight'])} of that could be foreseen" if sure else
                     f"None of that could be foreseen for sure (foresight {shown(row['foresight'])})")
         return [f"The oracle, which knows the next token, gains {shown(row['gain'])} over the best fixed pattern at "
                 f"k = {row['k']}.", f"{foreseen}, at most {shown(row['hindsight'])} is hindsight."]
@@ -88,10 +89,10 @@ def time_saved(run):
         if names:
             name = min(names, key=lambda name: abs(float(name.split()[-1]) - L / 2))
             k = float(name.split()[-1])
-            flops = 1 - (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
+            flops_saved = (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
             saved = 1 - times[name][0]
             parts.append(f"{what.format(name.split()[0])} at k = {k:g} a forward takes {abs(saved):.0%} "
-                         f"{'less' if saved > 0 else 'more'} time than all-big for {1 - flops:.0%} fewer FLOPs")
+                         f"{'less' if saved > 0 else 'more'} time than all-big for {flops_saved:.0%} fewer FLOPs")
     told = "; ".join(parts)
     return f"{told[0].upper()}{told[1:]} ({run['times_on']['device']}; the router's own FLOPs left out)."
 

@@ -72,9 +72,9 @@ def main():
     for arrays in files:
         notes = json.loads(str(arrays["notes"]))
         kinds.setdefault(tuple(notes[key] for key in ("name", "budget", "skip_budget", "choices")), []).append(arrays)
-    typical = min((k for _, k, *_ in kinds), key=lambda k: abs(k - r.shape.n_layer / 3))
-    saved = time_saved(r, folder, [json.loads(str(of[0]["notes"])) for kind, of in kinds.items()
-                                   if kind[1:] == (typical, None, "sb")], windows)
+    timed = min((k for _, k, *_ in kinds), key=lambda k: abs(k - r.shape.n_layer / 3)), None, "sb"
+    saved = time_saved(r, folder, [json.loads(str(of[0]["notes"])) for kind, of in kinds.items() if kind[1:] == timed],
+                       windows)
     for kind, of_seeds in kinds.items():
         seeds = [json.loads(str(arrays["notes"]))["seed"] for arrays in of_seeds]
         for row in claims.router_rows(averaged(of_seeds), base, contexts, {}, flops):
@@ -82,7 +82,7 @@ def main():
             losses = [float(arrays["losses"][here].mean(dtype=np.float64)) for arrays in of_seeds]
             big = [float((arrays["routes"][here] == BIG).sum(-1).mean()) for arrays in of_seeds]
             report.append({key: row[key] for key in KEPT} | {
-                "time_saved": saved.get(kind[0]) if kind[1:] == (typical, None, "sb") else None,
+                "time_saved": saved.get(kind[0]) if kind[1:] == timed else None,
                 "seeds": seeds, "achieved": statistics.mean(big), "loss_of_seeds": losses, "big_of_seeds": big})
     write_atomic(Path(config.out_dir) / "router_table.json", json.dumps(claims.without_nan(report), indent=1).encode())
     print(f"{len(report)} rows: {config.out_dir}/router_table.json")
