@@ -38,7 +38,7 @@ class Router(nn.Module):
         self.learns = learns
         L, d = shape.n_layer, shape.n_embd
         self.hidden, self.choices = hidden, choices
-        self.may_skip = "x" in choices  # False: model.forward need not wait for the counts before attention
+        self.may_skip = "x" in choices  # False: on a GPU model.forward need not wait for how many tokens chose what
         if hidden:
             self.w_in = nn.Parameter(torch.randn(L, d, hidden, generator=rng) / math.sqrt(d))
             self.b_in = nn.Parameter(torch.zeros(L, hidden))
@@ -52,9 +52,11 @@ class Router(nn.Module):
         self.register_buffer("missing", torch.tensor([c not in [LETTERS[x] for x in choices] for c in range(3)]))
 
     def forward(self, layer, h, state=None, seq=None):
-        z = F.rms_norm(h.to(self.w_out.dtype), h.shape[-1:], eps=1e-5)  # [B, T, d]
-        if self.hidden:
-            z = F.gelu(z @ self.w_in[layer] + self.b_in[layer])  # [B, T, hidden]
+        if self.hidden:  # the larger product in the model's dtype, as the model's own; the logits in float32
+            z = F.rms_norm(h, h.shape[-1:], eps=1e-5)  # [B, T, d]
+            z = F.gelu((z @ self.w_in[layer].to(h.dtype)).to(self.w_out.dtype) + self.b_in[layer])  # [B, T, hidden]
+        else:
+            z = F.rms_norm(h.to(self.w_out.dtype), h.shape[-1:], eps=1e-5)
         logits = z @ self.w_out[layer] + self.b_out[layer] + self.shift
         if self.told:  # log odds: then already at the start P_BIG is what is asked for
             asked = seq.get("asked", self.asked).clamp(0.01, 0.99)
@@ -149,8 +151,7 @@ def mixed_forward(model, router, idx, gate, seq=None):
         p, share = gate(layer, logits)
         shares.append(share)
         p_skip, p_small, p_big = p.to(x.dtype).split(1, -1)  # [B, T, 1] each
-        q, k, v = block.qkv(block.attention_norm(x)).chunk(3, -1)
-        y = x + block.out(block.attend(q, k, v, *position, None, layer))
+        y = x + block.attention(x, *position)
         h = block.ffn_norm(y)
         x = p_skip * x + (p_small + p_big) * y + p_small * block.small(h) + p_big * block.big(h)
     return model.final_norm(x), torch.stack(shares, 2)

@@ -1,6 +1,8 @@
-"""What the oracle's inner loop needs: the short steps between matrix products, and a read-out whose logits are never
-written to memory. Each has a plain form, which runs everywhere, and for bfloat16 on a GPU a Triton kernel that does the
-same in one pass; the tests compare the two.
+"""Where PyTorch's own kernels are too slow or have to know too much. Each function has a plain form, which runs
+everywhere, and for bfloat16 on a GPU Triton kernels that do the same; the tests compare the two.
+
+The oracle's inner loop: the short steps between matrix products, and a read-out whose logits are never written to
+memory. A router's forward: an FFN for tokens whose choices only the GPU knows (routed_ffn).
 """
 import torch
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # not on this platform: the plain forms serve
     triton = None
 
@@ -30,23 +33,93 @@ if triton:
         tl.store(out + row * d + i, (a * tl.rsqrt(tl.sum(a * a) / d + 1e-5) * g).to(tl.bfloat16), mask=i < d)
 
     @triton.jit
+    def swiglu_tile(h, weight, row, column, d: tl.constexpr, inner: tl.constexpr, DEPTH: tl.constexpr):
+        """silu(gate) * up: rows `row` of h [.., d] by columns `column` of both halves of weight [2 inner, d]"""
+        h += row[:, None].to(tl.int64) * d
+        weight += tl.minimum(column, inner - 1)[:, None] * d  # columns beyond are computed and not stored
+        gate = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+        up = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+        for k in range(0, d, DEPTH):
+            part = k + tl.arange(0, DEPTH)[None, :]
+            a = tl.load(h + part, mask=part < d, other=0.0)
+            b = tl.load(weight + part, mask=part < d, other=0.0)
+            c = tl.load(weight + inner * d + part, mask=part < d, other=0.0)
+            gate, up = tl.dot(a, b.T, gate), tl.dot(a, c.T, up)
+        return gate * tl.sigmoid(gate) * up
+
+    @triton.jit
     def swiglu_kernel(h, weight, out, N, d: tl.constexpr, inner: tl.constexpr, ROWS: tl.constexpr,
                       COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
         """One program: a tile of ROWS x COLUMNS of both products, gate and up; only silu(gate) * up is written."""
         tiles = tl.cdiv(inner, COLUMNS)
         row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
         column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-        here, inside = (row < N)[:, None], (column < inner)[:, None]
-        row = row[:, None].to(tl.int64)
-        gate, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, d, DEPTH):
-            part = k + tl.arange(0, DEPTH)[None, :]
-            a = tl.load(h + row * d + part, mask=here & (part < d), other=0.0)
-            b = tl.load(weight + column[:, None] * d + part, mask=inside & (part < d), other=0.0)
-            c = tl.load(weight + (column + inner)[:, None] * d + part, mask=inside & (part < d), other=0.0)
-            gate, up = tl.dot(a, b.T, gate), tl.dot(a, c.T, up)
-        value = (gate * tl.sigmoid(gate) * up).to(tl.bfloat16)
-        tl.store(out + row * inner + column[None, :], value, mask=here & (column < inner)[None, :])
+        value = swiglu_tile(h, weight, tl.minimum(row, N - 1), column, d, inner, DEPTH).to(tl.bfloat16)
+        tl.store(out + row[:, None].to(tl.int64) * inner + column[None, :], value,
+                 mask=(row < N)[:, None] & (column < inner)[None, :])
+
+    @triton.jit
+    def place_kernel(x, y, weight, is_big, rank, total, h, order, N, d: tl.constexpr, WIDTH: tl.constexpr):
+        """One program, one token: total = x + y, and its RMSNorm goes to its place in h, BIG tokens from the front, the
+        others from the back. rank: how many are BIG up to here; order: of each place, its token."""
+        token, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+        n = tl.load(rank + token)
+        place = tl.where(tl.load(is_big + token), n - 1, N - 1 - token + n)
+        tl.store(order + place, token)
+        a = tl.load(x + token * d + i, mask=i < d, other=0.0).to(tl.float32)
+        a = (a + tl.load(y + token * d + i, mask=i < d, other=0.0).to(tl.float32)).to(tl.bfloat16)
+        tl.store(total + token * d + i, a, mask=i < d)
+        a = a.to(tl.float32)
+        g = tl.load(weight + i, mask=i < d, other=0.0).to(tl.float32)
+        tl.store(h + place * d + i, (a * tl.rsqrt(tl.sum(a * a) / d + 1e-5) * g).to(tl.bfloat16), mask=i < d)
+
+    @triton.jit
+    def routed_swiglu_kernel(h, w_big, w_small, rank, out_big, out_small, N, d: tl.constexpr, big: tl.constexpr,
+                             small: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+        """swiglu_kernel for two FFNs: the first n_big rows of h by w_big, the others by w_small. How many tiles that
+        is, only the GPU knows; so as many programs start as it runs at once, and share the tiles."""
+        n_big = tl.load(rank + N - 1)
+        big_rows, small_rows = tl.cdiv(n_big, ROWS), tl.cdiv(N - n_big, ROWS)
+        big_tiles = big_rows * tl.cdiv(big, COLUMNS)
+        for tile in range(tl.program_id(0), big_tiles + small_rows * tl.cdiv(small, COLUMNS), tl.num_programs(0)):
+            if tile < big_tiles:
+                weight, out, inner, first, last, i, rows = w_big, out_big, big, 0, n_big, tile, big_rows
+            else:
+                weight, out, inner, first, last = w_small, out_small, small, n_big, N
+                i, rows = tile - big_tiles, small_rows
+            row = first + (i % rows) * ROWS + tl.arange(0, ROWS)
+            column = (i // rows) * COLUMNS + tl.arange(0, COLUMNS)
+            value = swiglu_tile(h, weight, tl.minimum(row, N - 1), column, d, inner, DEPTH).to(tl.bfloat16)
+            tl.store(out + row[:, None].to(tl.int64) * inner + column[None, :], value,
+                     mask=(row < last)[:, None] & (column < inner)[None, :])
+
+    @triton.jit
+    def down_tile(x, h, weight, order, out, first, last, column, d: tl.constexpr, inner: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+        """out = x + h weight^T in a tile of rows first.. < last of h, each at its token's own place. h, weight: tensor
+        descriptors, which give zeros beyond the edges."""
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, inner, DEPTH):
+            total = tl.dot(h.load([first, k]), weight.load([column, k]).T, total)
+        row, column = first + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        here = (row < last)[:, None] & (column < d)[None, :]
+        at = tl.load(order + row, mask=row < last, other=0)[:, None].to(tl.int64) * d + column[None, :]
+        total += tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(tl.bfloat16), mask=here)
+
+    @triton.jit
+    def routed_down_kernel(x, h_big, h_small, w_big, w_small, rank, order, out, N, d: tl.constexpr, big: tl.constexpr,
+                           small: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+        """The way down, of rows sorted likewise, and back to the tokens' own places. SMALL's tiles, which are short, go
+        first to the programs that have fewer of BIG's."""
+        n_big = tl.load(rank + N - 1)
+        big_rows, small_rows, columns = tl.cdiv(n_big, ROWS), tl.cdiv(N - n_big, ROWS), tl.cdiv(d, COLUMNS)
+        for i in range(tl.program_id(0), big_rows * columns, tl.num_programs(0)):
+            down_tile(x, h_big, w_big, order, out, (i % big_rows) * ROWS, n_big, (i // big_rows) * COLUMNS, d, big,
+                      ROWS, COLUMNS, DEPTH)
+        for i in range(tl.num_programs(0) - 1 - tl.program_id(0), small_rows * columns, tl.num_programs(0)):
+            down_tile(x, h_small, w_small, order, out, n_big + (i % small_rows) * ROWS, N,
+                      (i // small_rows) * COLUMNS, d, small, ROWS, COLUMNS, DEPTH)
 
     @triton.jit
     def own_key_kernel(q, k, v, past, log_sum, out, N, n, S, stride, H: tl.constexpr, D: tl.constexpr, scale,
@@ -156,6 +229,34 @@ def swiglu(h, weight):
         return out
     gate, up = F.linear(h, weight).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def routed_ffn(x, y, weight, is_big, big, small):
+    """x + y + FFN(RMSNorm(x + y)), where a token's FFN is `big` or `small` (model.SwiGLU). x, y [B, T, d]; is_big: bool
+    [B, T].
+
+    By kernels each FFN runs on its own tokens, and yet no shape depends on how many they are: nothing has to wait for
+    that number, and the whole forward of a routed model can be one CUDA graph. (The plain form runs both on all.)
+    """
+    inner = big.down.weight.shape[1], small.down.weight.shape[1]
+    if not by_kernel(x) or any(width % 8 for width in (x.shape[-1], *inner)):  # descriptors want rows of whole 16 bytes
+        x, h = add_norm(x, y, weight)
+        return x + torch.where(is_big.unsqueeze(-1), big(h), small(h))
+    x, y, is_big, shape = x.flatten(0, 1).contiguous(), y.flatten(0, 1).contiguous(), is_big.flatten(), x.shape
+    N, d = x.shape
+    rank = is_big.cumsum(0, dtype=torch.int32)
+    total, h, out, order = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(rank)
+    hidden = [torch.empty(N, width, device=x.device, dtype=x.dtype) for width in inner]
+    up, down = ([ffn.get_parameter(f"{name}.weight").to(x.dtype) for ffn in (big, small)]
+                for name in ("gate_up", "down"))
+    programs = (torch.cuda.get_device_properties(x.device).multi_processor_count,)
+    place_kernel[(N,)](x, y, weight, is_big, rank, total, h, order, N, d, WIDTH=triton.next_power_of_2(d), num_warps=4)
+    routed_swiglu_kernel[programs](h, *up, rank, *hidden, N, d, *inner, ROWS=128, COLUMNS=128, DEPTH=64, num_warps=8,
+                                   num_stages=4)
+    rows, columns = ([TensorDescriptor.from_tensor(t, [n, 64]) for t in of] for n, of in ((128, hidden), (256, down)))
+    routed_down_kernel[programs](total, *rows, *columns, rank, order, out, N, d, *inner, ROWS=128, COLUMNS=256,
+                                 DEPTH=64, num_warps=8, num_stages=4)
+    return out.view(shape)
 
 
 def past_attention(q, k, v):

@@ -13,14 +13,18 @@ budget is k = 1, the number of BIG choices. `flops(route)` adds this up, and the
 
 Two ways to execute a route, with equal values and gradients:
     dense    compute both FFNs for all tokens and select. Short, and the reference for tests.
-    sparse   sort the tokens by choice, run each FFN on its own rows, sort back. The default, and really faster.
+    sparse   sort the tokens by choice, run each FFN on its own rows, sort back. The default, and really faster. (For a
+             router on a GPU by kernels, which need not know how many rows there will be: kernels.routed_ffn.)
 """
+import copy
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+import kernels
 
 SKIP, SMALL, BIG = 0, 1, 2
 
@@ -88,20 +92,11 @@ class Sorting:
     """The tokens of one layer in the order of their choice: SKIP first, then SMALL, then BIG.
 
     counts: the three group sizes, plain ints; order, inverse: [N] permutations of the N = B * T tokens, or None where
-    all tokens make one choice and nothing needs to move. arrived: where the counts are still on their way from the
-    GPU, the event that they wait for. may_skip=False: no token skips, which is known before the counts are.
+    all tokens make one choice and nothing needs to move.
     """
 
-    def __init__(self, counts, order=None, inverse=None, arrived=None, may_skip=True):
-        self._counts, self.order, self.inverse = counts, order, inverse
-        self.arrived, self.may_skip = arrived, may_skip
-
-    @property
-    def counts(self):
-        if self.arrived is not None:
-            self.arrived.synchronize()
-            self._counts, self.arrived = self._counts.tolist(), None
-        return self._counts
+    def __init__(self, counts, order=None, inverse=None):
+        self.counts, self.order, self.inverse = counts, order, inverse
 
     def apply(self, x, *parts):
         """Run each function on its own rows of x [B, T, d]. parts: (number of rows, function), in sorted order; the
@@ -136,22 +131,6 @@ def sort_route(route, B, T, L, counts=None):
     order = choices.to(torch.uint8).argsort(dim=1, stable=True)
     inverse = torch.empty_like(order).scatter_(1, order, torch.arange(B * T, device=order.device).expand(L, -1))
     return [Sorting(n, o, i) for n, o, i in zip(counts, order, inverse, strict=True)]
-
-
-def sort_choices(choice, may_skip):
-    """A router's choices [B, T] in one layer -> their Sorting. On a GPU its counts travel while attention, which does
-    not need them where no token skips, is queued: waiting here would let the GPU run dry in each layer."""
-    B, T = choice.shape
-    if choice.device.type != "cuda":
-        (sorting,) = sort_route(choice.unsqueeze(-1), B, T, 1)
-        return Sorting(sorting.counts, sorting.order, sorting.inverse, may_skip=may_skip)
-    counts = torch.stack([(choice == c).sum() for c in (SKIP, SMALL, BIG)])
-    on_host = torch.empty(3, dtype=counts.dtype, pin_memory=True)
-    on_host.copy_(counts, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    (sorting,) = sort_route(choice.unsqueeze(-1), B, T, 1, [None])
-    return Sorting(on_host, sorting.order, sorting.inverse, arrived, may_skip)
 
 
 def expand_route(route, B, T, L, device):
@@ -274,31 +253,38 @@ class Block(nn.Module):
 
     def forward(self, x, sorting, cos, sin, cache=None, layer=0):
         """The sparse path. x [B, T, d] -> [B, T, d]; only the work that the tokens chose is done."""
-        h = self.attention_norm(x)
-        skips = sorting.may_skip and sorting.counts[SKIP] > 0
-        if not skips:
-            q, k, v = self.qkv(h).chunk(3, dim=-1)
+        n_skip, n_small, n_big = sorting.counts
+        n_read = n_small + n_big
+        if not n_skip:
+            x = x + self.attention(x, cos, sin, cache, layer)
         else:  # a token that skips needs no query, but its key and value are written
-            n_skip, n_small, n_big = sorting.counts
-            n_read = n_small + n_big
+            h = self.attention_norm(x)
             w_q, w_kv = self.qkv.weight.to(x.dtype).split((x.size(-1), 2 * x.size(-1)))
             k, v = F.linear(h, w_kv).chunk(2, dim=-1)
             q = sorting.apply(h, (n_skip, None), (n_read, lambda rows: F.linear(rows, w_q))) if n_read else None
-        # One fused kernel over the whole sequence; rows of skipping tokens come out of it and are dropped.
-        y = self.attend(q, k, v, cos, sin, cache, layer)
-        if skips and n_read == 0:
-            return x
-        x = x + (sorting.apply(y, (n_skip, None), (n_read, self.out)) if skips else self.out(y))
-        n_skip, n_small, n_big = sorting.counts
+            # One fused kernel over the whole sequence; rows of skipping tokens come out of it and are dropped.
+            y = self.attend(q, k, v, cos, sin, cache, layer)
+            if n_read == 0:
+                return x
+            x = x + sorting.apply(y, (n_skip, None), (n_read, self.out))
         # The norm is row by row, so it may follow the sorting: the gather then fuses with it.
         return x + sorting.apply(x, (n_skip, None), (n_small, lambda rows: self.small(self.ffn_norm(rows))),
                                  (n_big, lambda rows: self.big(self.ffn_norm(rows))))
 
+    def attention(self, x, cos, sin, cache=None, layer=0):
+        """attention(x) of a layer that no token skips"""
+        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        return self.out(self.attend(q, k, v, cos, sin, cache, layer))
+
+    def forward_routed(self, x, is_big, cos, sin, cache=None, layer=0):
+        """A router's layer on a GPU: sparse, but how many tokens are BIG (is_big [B, T]) is known to the GPU alone, and
+        nothing waits for it. No token skips, no gradients."""
+        y = self.attention(x, cos, sin, cache, layer)
+        return kernels.routed_ffn(x, y, self.ffn_norm.weight, is_big, self.big, self.small)
+
     def forward_dense(self, x, choice, cos, sin, cache=None, layer=0):
         """The slow obvious path: everything for everyone, then select by choice [B, T]."""
-        choice = choice.unsqueeze(-1)
-        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        y = x + self.out(self.attend(q, k, v, cos, sin, cache, layer))
+        choice, y = choice.unsqueeze(-1), x + self.attention(x, cos, sin, cache, layer)
         h = self.ffn_norm(y)
         y = y + torch.where(choice == BIG, self.big(h), self.small(h))
         return torch.where(choice == SKIP, x, y)
@@ -331,6 +317,13 @@ class DuoGPT(nn.Module):
                                 generator=generator)
         return self
 
+    def copy_in(self, dtype):
+        """-> a copy whose weights are kept in dtype, so that no use has to cast them: for inference. The tables of the
+        rotary positions stay float32."""
+        copied = copy.deepcopy(self).to(dtype)
+        copied.compute_dtype, copied.cos, copied.sin = dtype, self.cos, self.sin
+        return copied
+
     def forward(self, idx, route, targets=None, counts=None, cache=None, reduction="mean", return_logits=True,
                 return_stats=False):
         """idx [B, T] int64; route: an int, a pattern [L], a route [B, T, L], or a router, which decides layer by layer:
@@ -355,16 +348,18 @@ class DuoGPT(nn.Module):
             if self.execution == "dense" or return_stats:
                 choices = expand_route(route, B, T, L, idx.device).unbind(-1)  # L times [B, T]
         x = self.embedding(idx).to(self.compute_dtype)  # [B, T, d]
+        # Sorting here would wait for the GPU in each layer, to hear how many tokens chose what.
+        unsorted = kernels.by_kernel(x) and not getattr(router, "may_skip", True) and not torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if router:
                 choice_logits, state = router(layer, x, state, seq)
                 choices.append(choice_logits.argmax(-1))
-                sorting = sort_choices(choices[-1], getattr(router, "may_skip", True))
-            else:
-                sorting = sortings[layer]
             if self.execution == "dense":
                 x = block.forward_dense(x, choices[layer], *position, cache, layer)
+            elif router and unsorted:
+                x = block.forward_routed(x, choices[layer] == BIG, *position, cache, layer)
             else:
+                sorting = sort_route(choices[layer].unsqueeze(-1), B, T, 1)[0] if router else sortings[layer]
                 x = block(x, sorting, *position, cache, layer)
         if cache:
             cache.length += T

@@ -30,7 +30,6 @@ out_dir/oracle/patterns_<context>.npz, the baselines: patterns [P, L]; means [P,
     curve_n [N]: the selection curve, the mean over tokens of the least loss of N random patterns.
 out_dir/oracle.json: tables, baselines, controls, findings, quality of the searches, timings (made by claims.py).
 """
-import copy
 import dataclasses
 import hashlib
 import io
@@ -179,9 +178,8 @@ class Run:
         self.exact.requires_grad_(False)
         self.fast, dtype = self.exact, self.exact.compute_dtype
         self.exact.compute_dtype = torch.float32
-        if dtype != torch.float32:  # a copy of the weights in bfloat16; the rotary tables stay as they are
-            self.fast = copy.deepcopy(self.exact).to(dtype)
-            self.fast.compute_dtype, self.fast.cos, self.fast.sin = dtype, self.exact.cos, self.exact.sin
+        if dtype != torch.float32:
+            self.fast = self.exact.copy_in(dtype)
         self.keep = 1 if self.fast is self.exact else RESCORED
         self.parts = []  # files that are of no more use when all is done
         self.checkpoint = file_hash(Path(config.out_dir) / "ckpt.pt")

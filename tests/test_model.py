@@ -7,7 +7,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import BIG, SKIP, SMALL, DuoConfig, DuoGPT, KVCache, expand_route, random_route, route_counts, sort_route
+import kernels
+from model import (
+    BIG,
+    SKIP,
+    SMALL,
+    DuoConfig,
+    DuoGPT,
+    KVCache,
+    SwiGLU,
+    expand_route,
+    random_route,
+    route_counts,
+    sort_route,
+)
 
 B, T, L, V = 3, 12, 4, 64
 ROUNDING = {"cpu": 1, "cuda": 10}  # a GPU adds in another order, and these weights are large
@@ -312,3 +325,61 @@ def test_compiled_bf16_on_cuda():
     model.compute_dtype = torch.bfloat16
     loss3 = model(idx, route, targets, return_logits=False)[1]
     assert abs(loss3.item() - loss.item()) < 0.05
+
+
+class ByToken:
+    """A router of few lines: which tokens are BIG depends on their id and the layer."""
+    may_skip = False
+
+    def __call__(self, layer, h, state, seq):
+        is_big = seq["idx"][:, -h.shape[1]:] * (layer + 3) % 7 < 3
+        return F.one_hot(torch.where(is_big, BIG, SMALL), 3).float(), state
+
+    def route(self, idx):
+        return torch.stack([self(layer, idx, None, {"idx": idx})[0].argmax(-1) for layer in range(L)], -1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_a_routed_ffn_is_each_tokens_own(device):
+    """The kernels against their plain form, for every share of BIG, and shapes that no tile divides."""
+    g = torch.Generator().manual_seed(1)
+    for B, T, d, inner, p_big in ((2, 25, 64, (256, 16), 0.3), (3, 11, 96, (384, 24), 0.0), (1, 1, 96, (384, 24), 1.0),
+                                  (2, 300, 384, (1536, 96), 0.4), (1, 700, 72, (136, 40), 0.9),
+                                  (1, 9, 30, (7, 5), 0.5)):
+        x, y = torch.randn(2, B, T, d, generator=g).to(device)
+        weight, ffns = (1 + 0.1 * torch.randn(d, generator=g)).to(device), [SwiGLU(d, n).to(device) for n in inner]
+        is_big = (torch.rand(B, T, generator=g) < p_big).to(device)
+        big, small = (x + y + ffn(F.rms_norm(x + y, (d,), weight, 1e-5)) for ffn in ffns)
+        expected = torch.where(is_big.unsqueeze(-1), big, small)
+        torch.testing.assert_close(kernels.routed_ffn(x, y, weight, is_big, *ffns), expected, rtol=1e-4, atol=1e-4)
+        if device == "cuda":
+            found = kernels.routed_ffn(x.bfloat16(), y.bfloat16(), weight, is_big, *ffns).float()
+            assert (found - expected).norm() / expected.norm() < 0.01 and (found - expected).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@torch.no_grad()
+def test_a_routed_forward_on_cuda():
+    """As near to float32 as dense execution in bfloat16 is; and it waits for nothing, so a CUDA graph can hold it."""
+    model, idx, _, _ = make(device="cuda")
+    router = ByToken()
+    model.execution = "dense"
+    exact, rough = (setattr(model, "compute_dtype", dtype) or model(idx, router.route(idx))[0]
+                    for dtype in (torch.float32, torch.bfloat16))
+    allowed = 1.5 * (rough - exact).norm()
+    model.execution = "sparse"
+    assert (model(idx, router)[0] - exact).norm() < allowed
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(idx, router)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cache = KVCache(model.config, B, idx.device, torch.bfloat16)
+    by_token = torch.cat([model(idx[:, t:t + 1], router, cache=cache)[0] for t in range(T)], 1)
+    assert (by_token - exact).norm() < allowed
+    fast = torch.compile(model.copy_in(torch.bfloat16), dynamic=False, mode="reduce-overhead", fullgraph=True)
+    for other in (idx, idx.flip(1), idx):  # warm up, capture, replay; other tokens, so other counts
+        result = fast(other, router)[0].clone()
+    assert (result - exact).norm() < allowed
