@@ -20,6 +20,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -228,6 +229,17 @@ def catch_signals():
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number) if not stop else sys.exit(130))
                 for s in (signal.SIGINT, signal.SIGTERM)}
     return stop, lambda: [signal.signal(number, handler) for number, handler in handlers.items()]
+
+
+def commit():
+    """-> the commit that is checked out, with + where files differ from it; empty outside git."""
+    def git(*words):
+        here = ["git", "-C", Path(__file__).parent]
+        return subprocess.run([*here, *words], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def append_jsonl(path, record):

@@ -32,12 +32,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import analyze
 import claims
-import data
 import train
-from common import UserError, arg, find_device, generator, load_run, open_out_dir, parse_config, run, write_atomic
-from model import DuoGPT, random_route
+from common import UserError, arg, commit, find_device, open_out_dir, parse_config, run, write_atomic
+from model import DuoGPT
 from results import joint_study
 
 ROOT = Path(__file__).parent
@@ -134,16 +132,6 @@ def steps(preset):
     return found
 
 
-def commit():
-    """-> the commit that is checked out, with + where files differ from it; empty outside git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def record(out, name, suffix="json"):
     """A file for each step: processes that work side by side have none in common."""
     return out / "steps" / f"{name.replace('/', '_')}.{suffix}"
@@ -189,19 +177,11 @@ def last_line(log):
 # ---------------------------------------------------------------------------------------------------------------------
 # from the runs to the study's own files
 
-@torch.no_grad()
-def losses_at(folder, shares, config):
-    """A run on its validation windows -> [losses per sequence [S]], one for each (share of SKIP, share of BIG of the
-    rest), routes random and exact as in training. The same routes for runs of one shape and text."""
-    device = find_device(config.device)
-    model, shape, rest = load_run(folder, device)
-    model.compute_dtype = torch.float32
-    corpus, own = data.load(Path(rest["corpus"])), train.TrainConfig(**rest["train_config"])
-    parts = [train.validation_windows(corpus, own, domain) for domain in corpus.domains]
-    x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    return [analyze.batch_losses(model, x, y, random_route(
-        len(x), shape.block_size, shape.n_layer, *share, generator("cpu", config.seed, "reference", "route")))
-            for share in shares]
+def losses_of(config, ending=""):
+    """-> for each base seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
+    paths = [Path(config.out_dir) / f"seed{seed}{ending}" / "losses.json" for seed in SEEDS]
+    return [{routes: np.array(values) for routes, values in json.loads(path.read_text())["losses"].items()}
+            for path in paths]
 
 
 def over_seeds(first, second):
@@ -215,25 +195,20 @@ def over_seeds(first, second):
 
 def fig8(config):
     """Duo at each share of BIG against the dense model of as many FLOPs."""
-    out, found, shares = Path(config.out_dir), [], (*SHARES, 1.0)
-    duo = [losses_at(out / f"seed{seed}", [(0.0, share) for share in shares], config) for seed in SEEDS]
-    for i, share in enumerate(shares):
-        name = f"dense{share:g}" if share < 1 else "dense"
-        dense = [losses_at(out / f"seed{seed}_{name}", [(0.0, 1.0)], config)[0] for seed in SEEDS]
-        found.append({"p_big": share, "duo - dense": over_seeds([each[i] for each in duo], dense)})
+    duo, found = losses_of(config), []
+    for share in (*SHARES, 1.0):
+        dense = losses_of(config, f"_dense{share:g}" if share < 1 else "_dense")
+        found.append({"p_big": share, "duo - dense": over_seeds([each[f"0/{share:g}"] for each in duo],
+                                                                [each["big"] for each in dense])})
     return found
 
 
 def skips(config):
     """Trained with skips against without: on routes of two choices, on three, and on BIG or SKIP."""
-    out, found = Path(config.out_dir), []
-    shares = [*((0.0, share) for share in (*SHARES, 1.0)), (1 / 3, 1 / 2), (1 / 2, 1.0)]
-    with_skip, without = ([losses_at(out / f"seed{seed}{end}", shares, config) for seed in SEEDS]
-                          for end in ("", "_noskip"))
-    for i, (p_skip, p_big) in enumerate(shares):
-        found.append({"p_skip": p_skip, "p_big_of_the_rest": p_big,
-                      "with - without": over_seeds([each[i] for each in with_skip], [each[i] for each in without])})
-    return found
+    with_skip, without = losses_of(config), losses_of(config, "_noskip")
+    return [{"p_skip": float(routes.split("/")[0]), "p_big_of_the_rest": float(routes.split("/")[1]),
+             "with - without": over_seeds([each[routes] for each in with_skip], [each[routes] for each in without])}
+            for routes in with_skip[0]]
 
 
 def scale(config):
@@ -344,6 +319,10 @@ def main(argv=None):
         start, log = time.time(), record(out, name, "log")
         script, *flags = commands[name]
         code, stopped = execute([sys.executable, str(ROOT / script), *flags, f"--device={config.device}"], log)
+        if code == 0 and script == "train.py" and not stopped:  # all that a comparison of trainings needs
+            folder = next(flag.split("=", 1)[1] for flag in flags if flag.startswith("--out_dir="))
+            code, stopped = execute([sys.executable, str(ROOT / "results/losses.py"), folder,
+                                     f"--device={config.device}"], log)
         if code == 0:
             minutes = round((time.time() - start) / 60, 2)  # of this call: where it was cut, not all of it
             write_atomic(record(out, name), json.dumps({"command": command, "minutes": minutes} | here).encode())

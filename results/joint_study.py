@@ -4,8 +4,9 @@ per seed, say, and then the plain command, which finds them all finished.
 
 For each seed, on equal training text: router and base trained together at k; a dense model with as many FLOPs per
 token as that one spends on validation text (its router's included); the full dense model. At k = 4, for the first seed
-also one base for any budget. What is finished is not trained again, so an interrupted study goes on, and the commands
-below may be started by hand, two at a time. Losses are paired: the same validation tokens for all.
+also one base for any budget. Losses are paired: the same validation tokens for all. A run that is finished leaves its
+losses.json (results/losses.py) and is not trained again; that file is all that the comparison reads, so runs may be
+made on several machines and only these files brought together.
 """
 import json
 import statistics
@@ -13,15 +14,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import router
 import train
-from claims import by_domain, interval
-from common import Parser, find_device, load_run, write_atomic
+from claims import interval
+from common import Parser, UserError, find_device, write_atomic
 from common import run as run_script
-from model import BIG
+from results import losses
 
 SEEDS = (1, 2, 3)
 
@@ -36,49 +36,32 @@ def parser():
     return flags
 
 
-def run(main, out_dir, *flags):
-    """Train into out_dir, or go on there; a finished run stays. The script ends where it is interrupted."""
-    # router.py writes this file last. Measured once more, say on another device, its FLOPs and so the dense model's
-    # width could come out a little different, and that would be one more training.
-    if (out_dir / "routers.json").exists():
-        return
-    if main([*flags, "--resume", f"--out_dir={out_dir}"]):
-        sys.exit(130)
+def made(main, out_dir, device, *flags):
+    """Train into out_dir, or go on there, and measure; what is finished stays -> its losses.json. The script ends
+    where it is interrupted."""
+    path = out_dir / "losses.json"
+    if not path.exists():
+        if main([*flags, "--resume", f"--out_dir={out_dir}", f"--device={device}"]):
+            sys.exit(130)
+        losses.main([str(out_dir), f"--device={device}"])
+    return json.loads(path.read_text())
 
 
-@torch.no_grad()
-def dense_losses(out_dir, file, device):
-    """-> losses per sequence [S] of a dense run on the file's windows, and its FLOPs per token."""
-    model = load_run(out_dir, device)[0]
-    model.compute_dtype = torch.float32  # as routers are evaluated
-    idx, targets = (torch.from_numpy(file[key]).to(device) for key in ("idx", "targets"))
-    parts = [model(idx[i:i + 32], BIG, targets[i:i + 32], reduction="none")[1].double().mean(-1).cpu()
-             for i in range(0, len(idx), 32)]
-    return torch.cat(parts).numpy(), model.flops(BIG)
+def equal_width(preset, flops, flops_full):
+    """-> the inner width with which every token BIG costs `flops`: they are linear in it."""
+    config = train.TrainConfig(**train.PRESETS[preset])
+    shape = train.model_shape(config, 64)
+    return round(shape.big_width + (flops - flops_full) / (6 * shape.n_embd * shape.n_layer))
 
 
-def routed(out_dir, k, seed):
-    """-> what router.py measured: the npz file, losses per sequence [S], FLOPs per token, BIG per token."""
-    with np.load(out_dir / "routers" / f"mlp_k{k}_s{seed}.npz") as file:
-        file = dict(file)
-    notes = json.loads(str(file["notes"]))
-    return (file, file["losses"].mean(-1, dtype=np.float64), float(file["flops"].mean()) + notes["router_flops"],
-            float((file["routes"] == BIG).sum(-1).mean()))
-
-
-def equal_width(out_dir, flops):
-    """-> the inner width with which every token BIG costs `flops`."""
-    model, config, _ = load_run(out_dir, "cpu")
-    rest = model.flops(BIG) - config.n_layer * 6 * config.n_embd * config.big_width
-    return round((flops - rest) / (config.n_layer * 6 * config.n_embd))
-
-
-def compare(file, losses):
-    """{name: [S]}, the first one against each other -> {domain: {name: [mean, low, high]}}, differences included"""
+def compare(domain, names, losses):
+    """domain [S], names; {name: [S]}, the first one against each other -> {domain: {name: [mean, low, high]}},
+    differences included"""
     first, *others = losses
     pairs = {f"{first} - {other}": losses[first] - losses[other] for other in others}
-    return {domain: {name: interval(values[here]) for name, values in (losses | pairs).items()}
-            for domain, here in by_domain(file)}
+    rows = {"all": np.full(len(domain), True)} | {name: domain == i for i, name in enumerate(names)}
+    values = losses | pairs
+    return {of: {name: interval(values[name][here]) for name in values} for of, here in rows.items()}
 
 
 def main(argv=None):
@@ -86,49 +69,42 @@ def main(argv=None):
     device, K = find_device(config.device), config.k
     preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
     of_k = "" if K == 4 else f"_k{K}"
-    out, seeds, losses = Path(config.out_dir), [], []
+    out, seeds, paired = Path(config.out_dir), [], []
     for seed in [config.seed] if config.seed else SEEDS:
-        joint, full = out / f"{preset}_joint{of_k}_s{seed}", out / f"{preset}_full_s{seed}"
-        flags = [f"--preset={preset}", f"--seed={seed}", f"--device={config.device}"]
-        run(router.main, joint, "--joint", f"--budget={K}", *flags)
-        run(train.main, full, "--train_route=big", *flags)
-        file, of_joint, flops, big = routed(joint, K, seed)
-        width = equal_width(full, flops)
-        equal = out / f"{preset}_width{width}_s{seed}"
-        run(train.main, equal, "--train_route=big", f"--big_width={width}", *flags)
-        (of_equal, flops_equal), (of_full, flops_full) = (dense_losses(folder, file, device)
-                                                         for folder in (equal, full))
-        losses.append({"joint": of_joint, "equal": of_equal, "full": of_full})
-        by_layer = (file["routes"] == BIG).mean((0, 1)).round(3).tolist()
-        seeds.append({"seed": seed, "big_per_token": big, "big_by_layer": by_layer, "big_width_equal": width,
-                      "flops": {"joint": flops, "equal": flops_equal, "full": flops_full},
-                      "loss": compare(file, losses[-1])})
+        flags = [config.device, f"--preset={preset}", f"--seed={seed}"]
+        joint = made(router.main, out / f"{preset}_joint{of_k}_s{seed}", *flags, "--joint", f"--budget={K}")
+        full = made(train.main, out / f"{preset}_full_s{seed}", *flags, "--train_route=big")
+        key = f"k{K}"
+        width = equal_width(preset, joint["flops"][key], full["flops"]["big"])
+        equal = made(train.main, out / f"{preset}_width{width}_s{seed}", *flags, "--train_route=big",
+                     f"--big_width={width}")
+        if len({run["windows"] for run in (joint, full, equal)}) > 1:
+            raise UserError(f"{out}: the runs of seed {seed} were measured on different text; make them on one corpus")
+        runs = {"joint": (joint, key), "equal": (equal, "big"), "full": (full, "big")}
+        paired.append({name: np.array(run["losses"][of]) for name, (run, of) in runs.items()})
+        domain, names = np.array(full["domain"]), full["domains"]
+        seeds.append({"seed": seed, "big_per_token": joint["big_per_token"][key],
+                      "big_by_layer": joint["big_by_layer"][key], "big_width_equal": width,
+                      "flops": {name: run["flops"][of] for name, (run, of) in runs.items()},
+                      "loss": compare(domain, names, paired[-1])})
         print(seed, seeds[-1]["loss"]["all"])
-    many = out / f"{preset}_any_s{SEEDS[0]}"
     if K == 4 and config.seed in (0, SEEDS[0]):
-        run(router.main, many, "--joint", "--budget=any", f"--preset={preset}", f"--seed={SEEDS[0]}",
-            f"--device={config.device}")
+        many = made(router.main, out / f"{preset}_any_s{SEEDS[0]}", config.device, f"--preset={preset}",
+                    f"--seed={SEEDS[0]}", "--joint", "--budget=any")
     if config.seed:
         return
-    over = {name: np.mean([each[name] for each in losses], 0) for name in losses[0]}
-    spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in losses)
+    over = {name: np.mean([each[name] for each in paired], 0) for name in paired[0]}
+    spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in paired)
               for name in ("equal", "full")}
     result = {"command": " ".join(["python results/joint_study.py", preset, str(K)]), "preset": preset,
-              "torch": torch.__version__,
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-              "k": K, "sequences": len(file["idx"]), "seeds": seeds, "mean_over_seeds": compare(file, over),
-              "standard_deviation_over_seeds": spread}
-
-    path = out / f"{preset}_joint{of_k}.json"
-    write_atomic(path, json.dumps(result, indent=1).encode())
-    if K != 4:
-        return
-    result["any"] = []
-    for k in range(2, load_run(many, "cpu")[1].n_layer, 2):
-        file, of_any, flops, big = routed(many, k, SEEDS[0])
-        compared = compare(file, {"any": of_any, "full": losses[0]["full"], "equal at k=4": losses[0]["equal"]})
-        result["any"].append({"k": k, "big_per_token": big, "flops": flops, "loss": compared})
-    write_atomic(path, json.dumps(result, indent=1).encode())
+              **{key: full[key] for key in ("torch", "device", "commit")}, "k": K, "sequences": len(domain),
+              "seeds": seeds, "mean_over_seeds": compare(domain, names, over), "standard_deviation_over_seeds": spread}
+    if K == 4:
+        result["any"] = [{"k": int(key[1:]), "big_per_token": many["big_per_token"][key], "flops": many["flops"][key],
+                          "loss": compare(domain, names, {"any": np.array(many["losses"][key]), **{
+                              name: paired[0][of] for name, of in (("full", "full"), ("equal at k=4", "equal"))}})}
+                         for key in many["losses"]]
+    write_atomic(out / f"{preset}_joint{of_k}.json", json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":
