@@ -25,10 +25,10 @@ training text: the oracle's own files are about validation text, and a router tr
 it has seen. They stand beside random routes, not the oracle's, whose earlier choices would tell the router the label.
 
 --joint trains linear, gumbel or mlp and the base from the first step, in train.py's loop, with its flags and its text;
-alpha's schedule is the same, but tau stays at 1: a router that explores to the end. The budget starts at all layers
-and falls to k in the first half: a BIG that from the start sees a third of the tokens learns less (NOTES.md has
-figures). With --budget=any, k is drawn for each sequence, uniform over 1..L, and the router is told: the log odds of
-k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
+alpha's schedule is the same, but tau stays where it is: a router that explores to the end. The budget starts at all
+layers and falls to k: a BIG that from the start sees a third of the tokens learns less. (NOTES.md has figures; how long
+it falls depends on the preset.) With --budget=any, k is drawn for each sequence, uniform over 1..L, and the router is
+told: the log odds of k/L, times a learned weight, are added to its logits. Its file for k has k in a buffer.
 
 Calibration shifts the logit of BIG (and of SKIP, where set) until hard choices meet the budget on training text that
 no router on a frozen base trained on. (The base has seen it, and so has a router that learned with it; but only a
@@ -125,8 +125,9 @@ class RouterConfig(Learning):
 @dataclass
 class JointConfig(Learning, train.TrainConfig):
     """train.py's flags, with --train_route left out of use: the router routes."""
-    tau_end: float = arg(1.0, "temperature of P at the last step; as at the first: the router goes on exploring")
-    anneal: float = arg(0.5, "share of the steps in which the budget falls from all layers to --budget, linearly")
+    tau_start: float = arg(2.0, "temperature of the gradient's P at the first step")
+    tau_end: float = arg(2.0, "and at the last: as at the first, so the router goes on exploring")
+    anneal: float = arg(0.15, "share of the steps in which the budget falls from all layers to --budget, linearly")
 
 
 PRESETS = {
@@ -136,8 +137,10 @@ PRESETS = {
     "debug": {"steps": 4, "batch_size": 4, "calibration_tokens": 128, "label_positions": 2, "label_routes": 8,
               "warmup_steps": 1, "hidden": 8, "save_interval": 2},
 }
+SHORT = {"tau_start": 1.0, "tau_end": 1.0, "anneal": 0.5}  # of a training whose first 15% are few steps
 JOINT_PRESETS = {name: values | {key: PRESETS[name][key] for key in ("hidden", "calibration_tokens")
-                                 if key in PRESETS[name]} for name, values in train.PRESETS.items()}
+                                 if key in PRESETS[name]} | (SHORT if name != "gpu" else {})
+                 for name, values in train.PRESETS.items()}
 SETS = {  # what `python router.py` trains: {name: budgets}
     "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),
     "cpu": {"linear": "4,6,8", "advantage": "4,6"},

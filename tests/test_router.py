@@ -688,7 +688,8 @@ def test_joint_batches_are_cut_as_train_cuts_them(here, model):
     """One process and two, whole and in micro-batches: the same text, noise and budgets."""
     corpus = oracle.Run(oracle.OracleConfig(out_dir=str(here / "run"), device="cpu",
                                             data_dir=str(here / "data"))).corpus
-    config = router.JointConfig(batch_size=4, micro_batch=4, block_size=T, n_layer=L, name="mlp", budget="any")
+    config = router.JointConfig(batch_size=4, micro_batch=4, block_size=T, n_layer=L, name="mlp", budget="any",
+                                anneal=0.5)
     joint = router.Joint(model, config, (None, None))
 
     def rows(rank=0, world=1, micro_batch=4):
