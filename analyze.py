@@ -68,7 +68,7 @@ class AnalyzeConfig:
     preset: str = arg("auto", "cpu, gpu or debug: how much text the explorer holds")
     check: bool = arg(False, "compare findings.json with the raw files, write nothing, exit 1 where they differ")
     slides: bool = arg(False, "draw the slides alone: slides/light/*.png, slides/dark/*.png and slides/slides.html")
-    joint: str = arg("", "a *_joint.json of results/joint_study.py, for the report's story")
+    joint: str = arg("", "a *_joint_k4.json of results/joint_study.py, for the report's story")
     dense: str = arg("", "a run of train.py --train_route=big of the same size, for F12 and figure 8")
     freeze: str = arg("", "a run of train.py --train_route=big_then_small of the same size, for the same")
     sequences: int = arg(2, "validation sequences per domain in the token explorer")
@@ -196,7 +196,7 @@ def read_joint(path):
         return study
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--joint={path}: is no file of results/joint_study.py; `python results/joint_study.py` makes "
-                        "out/joint_study/<preset>_joint.json") from None
+                        "out/joint_study/<preset>_joint_k4.json") from None
 
 
 def read_words(folder):

@@ -14,10 +14,11 @@ command, for each of these scripts resumes. Of one seed, in order:
     narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter; their oracles by dp
 
 Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
-device, commit, torch}. Made at the end: findings.json and zoo.json, each claim with its effect on every base seed;
-joint/*_joint*.json; ablations.json: Duo against dense models (paper, Fig. 8), what skips in training cost and buy, the
-oracle's gain against size (the default corpus holds 45 M tokens: the larger a model, the more often it sees them).
-Minutes are estimates for one H100, the gpu preset, with nothing else on it.
+device, commit, torch}; of each training losses.json (results/losses.py), all that comparisons of trainings need. Made
+at the end from what the runs left, of the base seeds that have it: findings.json and zoo.json, each claim with its
+effect on every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models (paper, Fig. 8), without skips
+and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M tokens: the larger a model, the
+more often it sees them). Minutes are estimates for one H100, the gpu preset, with nothing else on it.
 """
 import json
 import shlex
@@ -177,38 +178,46 @@ def last_line(log):
 # ---------------------------------------------------------------------------------------------------------------------
 # from the runs to the study's own files
 
-def losses_of(config, ending=""):
-    """-> for each base seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
-    paths = [Path(config.out_dir) / f"seed{seed}{ending}" / "losses.json" for seed in SEEDS]
-    return [{routes: np.array(values) for routes, values in json.loads(path.read_text())["losses"].items()}
-            for path in paths]
+def finished_seeds(config, *files):
+    """-> the base seeds that have all these files, each given as what follows the seed's number in its path."""
+    return [seed for seed in SEEDS if all((Path(config.out_dir) / f"seed{seed}{file}").exists() for file in files)]
 
 
-def over_seeds(first, second):
+def losses_of(config, seeds, ending=""):
+    """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
+    texts = [(Path(config.out_dir) / f"seed{seed}{ending}" / "losses.json").read_text() for seed in seeds]
+    return [{routes: np.array(values) for routes, values in json.loads(text)["losses"].items()} for text in texts]
+
+
+def over_seeds(seeds, first, second):
     """Two lists of losses [S], one array a base seed -> their means, and that of the difference: with its interval over
     sequences (paired, their mean over seeds), and its deviation over seeds."""
     gaps = [a - b for a, b in zip(first, second, strict=True)]
-    return {"losses": [[float(each.mean()) for each in side] for side in (first, second)],
+    return {"seeds": seeds, "losses": [[float(each.mean()) for each in side] for side in (first, second)],
             "difference": claims.interval(np.mean(gaps, 0)),
-            "deviation_over_seeds": statistics.stdev(float(gap.mean()) for gap in gaps)}
+            "deviation_over_seeds": statistics.stdev(float(gap.mean()) for gap in gaps) if len(seeds) > 1 else None}
 
 
 def fig8(config):
     """Duo at each share of BIG against the dense model of as many FLOPs."""
-    duo, found = losses_of(config), []
+    found = []
     for share in (*SHARES, 1.0):
-        dense = losses_of(config, f"_dense{share:g}" if share < 1 else "_dense")
-        found.append({"p_big": share, "duo - dense": over_seeds([each[f"0/{share:g}"] for each in duo],
-                                                                [each["big"] for each in dense])})
+        ending = f"_dense{share:g}" if share < 1 else "_dense"
+        seeds = finished_seeds(config, "/losses.json", f"{ending}/losses.json")
+        if seeds:
+            found.append({"p_big": share, "duo - dense": over_seeds(
+                seeds, [each[f"0/{share:g}"] for each in losses_of(config, seeds)],
+                [each["big"] for each in losses_of(config, seeds, ending)])})
     return found
 
 
-def skips(config):
-    """Trained with skips against without: on routes of two choices, on three, and on BIG or SKIP."""
-    with_skip, without = losses_of(config), losses_of(config, "_noskip")
+def against(config, ending):
+    """Duo against the same training with one change, on all routes: of two choices, of three, of BIG and SKIP."""
+    seeds = finished_seeds(config, "/losses.json", f"{ending}/losses.json")
+    duo, other = losses_of(config, seeds), losses_of(config, seeds, ending)
     return [{"p_skip": float(routes.split("/")[0]), "p_big_of_the_rest": float(routes.split("/")[1]),
-             "with - without": over_seeds([each[routes] for each in with_skip], [each[routes] for each in without])}
-            for routes in with_skip[0]]
+             "duo - other": over_seeds(seeds, [each[routes] for each in duo], [each[routes] for each in other])}
+            for routes in (duo[0] if seeds else [])]
 
 
 def scale(config):
@@ -216,73 +225,82 @@ def scale(config):
     oracle's): dp, frozen context, at any number of BIG and at a sixth, a third and half of the layers."""
     found = []
     for size in SIZES:
-        shape, gains = sized(config.preset, size), {}
-        for criterion, ending in (("label", ""), ("expected", "_expected")):
+        shape, gains, ending = sized(config.preset, size), {}, "" if size == "base" else f"_{size}"
+        files = {"label": f"{ending}/oracle/sb_frozen_dp.npz", "expected": f"{ending}/oracle/sb_frozen_dp_expected.npz"}
+        seeds, L = finished_seeds(config, *files.values()), shape.n_layer
+        if not seeds:
+            continue
+        for criterion, path in files.items():
             runs = []
-            for seed in SEEDS:
-                folder = f"seed{seed}" if size == "base" else f"seed{seed}_{size}"
-                with np.load(Path(config.out_dir) / folder / "oracle" / f"sb_frozen_dp{ending}.npz") as file:
+            for seed in seeds:
+                with np.load(Path(config.out_dir) / f"seed{seed}{path}") as file:
                     runs.append(dict(zip(file["labels"].tolist(), file["losses"].mean(-1, dtype=np.float64))))
-            L = shape.n_layer
-            gains[criterion] = {share: over_seeds([each[str(L)] for each in runs], [each[label] for each in runs])
-                                for share, label in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)),
-                                                     ("1/2", str(L // 2)))}
+            gains[criterion] = {share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
+                                for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)),
+                                                 ("1/2", str(L // 2)))}
         found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape),
                       "all-BIG - oracle": gains["label"], "all-BIG - expected-loss oracle": gains["expected"]})
     return found
 
 
+def f12(config, seed):
+    """-> the claim about stage 1 as that seed's losses.json have it; None where they lack one."""
+    if not finished_seeds(config, *(f"{ending}/losses.json" for ending in ("", "_dense", "_freeze"))).count(seed):
+        return None
+    duo, dense, freeze = (losses_of(config, [seed], ending)[0] for ending in ("", "_dense", "_freeze"))
+    return claims.f12(duo["0/1"], dense["big"], duo["0/0.5"], freeze["0/0.5"]) | {
+        "sequences": len(dense["big"]), "command": "python reference.py --only=collect"}
+
+
 def findings(config, name, keys=("id", "router")):
-    """Each line of the base seeds' files of that name -> its effects, their spread, and one verdict: that of all seeds,
-    else undecided."""
-    lines = [json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text()) for seed in SEEDS]
+    """Each line of the base seeds' files of that name -> its effects, their spread, and one verdict: that of all seeds
+    on which it was tested, where there are at least two; else undecided."""
     groups = {}
-    for of_seed in lines:
-        for line in of_seed:
-            groups.setdefault(tuple(line.get(key) for key in keys), []).append(line)
+    for seed in finished_seeds(config, f"/{name}"):
+        lines = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
+        own = f12(config, seed) if "id" in keys else None
+        for line in [line for line in lines if own is None or line["id"] != "F12"] + [own] * (own is not None):
+            groups.setdefault(tuple(line.get(key) for key in keys), []).append(line | {"seed": seed})
     found = []
     for same in groups.values():
         tested = [line for line in same if line["effect"] is not None]
-        effects, verdicts = [line["effect"] for line in tested], {line["verdict"] for line in same}
-        agreed = len(verdicts) == 1 and len(same) == len(SEEDS)
-        found.append({key: same[0][key] for key in (*keys, "claim", "unit", "command") if key in same[0]} | {
-            "base_seeds": len(same), "effects": effects, "cis": [line["ci"] for line in tested],
+        effects, verdicts = [line["effect"] for line in tested], {line["verdict"] for line in tested}
+        agreed = len(verdicts) == 1 and len(tested) > 1
+        found.append({key: same[0].get(key) for key in (*keys, "claim", "unit", "command")} | {
+            "base_seeds": [line["seed"] for line in tested], "effects": effects, "cis": [line["ci"] for line in tested],
+            "sequences": [line.get("sequences") for line in tested],
             "effect": statistics.mean(effects) if effects else None,
             "deviation": statistics.stdev(effects) if len(effects) > 1 else None,
-            "verdicts": [line["verdict"] for line in same], "verdict": verdicts.pop() if agreed else "undecided"})
+            "verdicts": [line["verdict"] for line in tested],
+            "verdict": verdicts.pop() if agreed else "undecided" if tested else "not tested"})
     return found
 
 
-def collect(config, planned):
-    """Write what the finished steps are enough for, and name what is missing for the rest."""
+def collect(config):
+    """Write what the finished runs are enough for, from the files that they leave, and say what is missing. Runs may
+    have been made on several machines: findings.json, zoo.json, losses.json and oracle/*.npz of each are enough."""
     out = Path(config.out_dir)
-    done = finished(out, planned)
 
-    def lacks(what, *endings):
-        """Are these steps of all seeds finished? Else say which one is not."""
-        missing = [f"seed{seed}/{ending}" for seed in SEEDS for ending in endings
-                   if f"seed{seed}/{ending}" not in done]
-        if missing:
-            print(f"{what}: left out, for {missing[0]} is not finished ({len(missing)} such steps)")
-        return bool(missing)
-
-    def write(path, result):
+    def write(path, result, *without):
+        if not result:
+            print(f"{path.name}: left out, for no seed has {', '.join(without)}")
+            return
         write_atomic(path, json.dumps(claims.without_nan(json.loads(json.dumps(result))), indent=1).encode())
         print(f"done: {path}")
 
-    if not lacks("findings.json", "analyze"):
-        write(out / "findings.json", findings(config, "findings.json"))
-    if not lacks("zoo.json", "effects"):
-        write(out / "zoo.json", findings(config, "zoo.json", ("system",)))
+    write(out / "findings.json", findings(config, "findings.json"), "findings.json (python analyze.py)")
+    write(out / "zoo.json", findings(config, "zoo.json", ("system",)), "zoo.json (python effects.py)")
     for k in BUDGETS:
-        if not lacks(f"joint training at k={k}", f"joint_k{k}"):
+        if all((out / "joint" / f"{config.preset}_joint_k{k}_s{seed}" / "losses.json").exists() for seed in SEEDS):
             joint_study.main([config.preset, str(k), f"--out_dir={out / 'joint'}", f"--device={config.device}"])
-    parts = {"fig8": (fig8, ("train", "dense", *(f"dense{share:g}" for share in SHARES))),
-             "skip": (skips, ("train", "noskip")),
-             "scale": (scale, [f"{size}_{criterion}" for size in SIZES for criterion in ("label", "expected")])}
-    ablations = {name: make(config) for name, (make, needed) in parts.items() if not lacks(name, *needed)}
+    ablations = {"fig8": fig8(config), "without_skips": against(config, "_noskip"),
+                 "freeze_then_small": against(config, "_freeze"), "scale": scale(config)}
+    ablations = {name: part for name, part in ablations.items() if part}
     if ablations:
-        write(out / "ablations.json", ablations | {"seeds": SEEDS} | about(config))
+        ablations["duo"] = {seed: {key: value for key, value in json.loads(
+            (out / f"seed{seed}" / "losses.json").read_text()).items() if key in ("device", "torch", "commit")}
+                            for seed in finished_seeds(config, "/losses.json")}
+    write(out / "ablations.json", ablations, "losses.json beside those of the same training with a change")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +329,9 @@ def main(argv=None):
           f"Here: {here['device']}, the {config.preset} preset")
     if config.list:
         return 0
-    (open_out_dir(out) / "steps").mkdir(exist_ok=True)
+    open_out_dir(out)
+    if chosen:
+        (out / "steps").mkdir(exist_ok=True)
     for number, (name, _, command) in enumerate(chosen, 1):
         if record(out, name).exists():
             continue
@@ -333,7 +353,7 @@ def main(argv=None):
             raise UserError(f"{name}: ended with exit code {code}: {last_line(log)} (all of it: {log}); with that "
                             "mended, the same command goes on from there")
     if collecting:
-        collect(config, planned)
+        collect(config)
     return 0
 
 

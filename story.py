@@ -67,10 +67,10 @@ def router(run):
 
 
 def joint(run, study):
-    """study: a *_joint.json of results/joint_study.py, or {}"""
+    """study: a *_joint_k4.json of results/joint_study.py, or {}"""
     if not study:
         return ("Router and base trained together: a study of its own (`python results/joint_study.py`), told here by "
-                f"`python analyze.py --out_dir={run['folder']} --joint=out/joint_study/..._joint.json`.")
+                f"`python analyze.py --out_dir={run['folder']} --joint=out/joint_study/FILE`.")
     over = study["mean_over_seeds"]["all"]
     return (f"In a study of its own ({study['preset']} preset, {study['device']}, {study['sequences']} sequences, "
             f"mean of {len(study['seeds'])} seeds) a model trained with its router from the first step, "

@@ -1,12 +1,14 @@
-"""The runs behind *_joint.json: python results/joint_study.py [preset] [k] writes out/joint_study/<preset>_joint.json,
-or, for another k than 4, <preset>_joint_k<k>.json. With --seed=2 it makes that seed's runs and no file: one process
-per seed, say, and then the plain command, which finds them all finished.
+"""The runs behind *_joint*.json: python results/joint_study.py [preset] [k] writes
+out/joint_study/<preset>_joint_k<k>.json. With --seed=2 it makes that seed's runs and no file: one process per seed,
+say, and then the plain command, which finds them all finished.
 
 For each seed, on equal training text: router and base trained together at k; a dense model with as many FLOPs per
-token as that one spends on validation text (its router's included); the full dense model. At k = 4, for the first seed
-also one base for any budget. Losses are paired: the same validation tokens for all. A run that is finished leaves its
-losses.json (results/losses.py) and is not trained again; that file is all that the comparison reads, so runs may be
-made on several machines and only these files brought together.
+token as that one spends on validation text (its router's included); the full dense model. With "any" for k, one base
+for any budget, of the first seed, against the full dense model. Losses are paired: the same validation tokens for all.
+
+A run that is finished leaves its losses.json (results/losses.py) and is not trained again; that file is all that the
+comparison reads. So runs may be made on several machines and only these files be brought together, as in results/h100:
+python results/joint_study.py gpu --out_dir=results/h100/joint
 """
 import json
 import statistics
@@ -29,7 +31,7 @@ SEEDS = (1, 2, 3)
 def parser():
     flags = Parser(description=__doc__)
     flags.add_argument("preset", nargs="?", default="auto")
-    flags.add_argument("k", nargs="?", type=int, default=4)
+    flags.add_argument("k", nargs="?", default="4")
     flags.add_argument("--out_dir", default="out/joint_study")
     flags.add_argument("--device", default="auto")
     flags.add_argument("--seed", type=int, default=0, help="of the runs to make; 0: all seeds, and the comparison")
@@ -47,64 +49,87 @@ def made(main, out_dir, device, *flags):
     return json.loads(path.read_text())
 
 
-def equal_width(preset, flops, flops_full):
-    """-> the inner width with which every token BIG costs `flops`: they are linear in it."""
+def equal_run(out, preset, seed, flops, flops_full):
+    """-> the folder of a dense run that costs `flops` per token: one that is there already and costs at most 0.5% more,
+    else one of the inner width with which every token BIG costs that (FLOPs are linear in it)."""
     config = train.TrainConfig(**train.PRESETS[preset])
     shape = train.model_shape(config, 64)
-    return round(shape.big_width + (flops - flops_full) / (6 * shape.n_embd * shape.n_layer))
+    unit = 6 * shape.n_embd * shape.n_layer  # FLOPs of a unit of width
+    width = round(shape.big_width + (flops - flops_full) / unit)
+    for there in sorted(out.glob(f"{preset}_width*_s{seed}")):
+        more = unit * (int(there.name.split("_")[1].removeprefix("width")) - width)
+        if 0 <= more <= 0.005 * flops:
+            return there
+    return out / f"{preset}_width{width}_s{seed}"
 
 
-def compare(domain, names, losses):
-    """domain [S], names; {name: [S]}, the first one against each other -> {domain: {name: [mean, low, high]}},
-    differences included"""
+def compare(run, losses):
+    """run: says of which domain each sequence is; {name: [S]}, the first one against each other
+    -> {domain: {name: [mean, low, high]}}, differences included"""
     first, *others = losses
     pairs = {f"{first} - {other}": losses[first] - losses[other] for other in others}
-    rows = {"all": np.full(len(domain), True)} | {name: domain == i for i, name in enumerate(names)}
+    domain = np.array(run["domain"])
+    rows = {"all": np.full(len(domain), True)} | {name: domain == i for i, name in enumerate(run["domains"])}
     values = losses | pairs
     return {of: {name: interval(values[name][here]) for name in values} for of, here in rows.items()}
 
 
-def main(argv=None):
-    config = parser().parse_args(argv)
-    device, K = find_device(config.device), config.k
-    preset = config.preset if config.preset != "auto" else "gpu" if device.type == "cuda" else "cpu"
-    of_k = "" if K == 4 else f"_k{K}"
-    out, seeds, paired = Path(config.out_dir), [], []
+def study(config, preset, out):
+    """-> what the file says of k; None where only one seed's runs were asked for."""
+    K, seeds, paired = int(config.k), [], []
     for seed in [config.seed] if config.seed else SEEDS:
         flags = [config.device, f"--preset={preset}", f"--seed={seed}"]
-        joint = made(router.main, out / f"{preset}_joint{of_k}_s{seed}", *flags, "--joint", f"--budget={K}")
+        joint = made(router.main, out / f"{preset}_joint_k{K}_s{seed}", *flags, "--joint", f"--budget={K}")
         full = made(train.main, out / f"{preset}_full_s{seed}", *flags, "--train_route=big")
-        key = f"k{K}"
-        width = equal_width(preset, joint["flops"][key], full["flops"]["big"])
-        equal = made(train.main, out / f"{preset}_width{width}_s{seed}", *flags, "--train_route=big",
-                     f"--big_width={width}")
+        folder = equal_run(out, preset, seed, joint["flops"][f"k{K}"], full["flops"]["big"])
+        width = folder.name.split("_")[1].removeprefix("width")
+        equal = made(train.main, folder, *flags, "--train_route=big", f"--big_width={width}")
         if len({run["windows"] for run in (joint, full, equal)}) > 1:
             raise UserError(f"{out}: the runs of seed {seed} were measured on different text; make them on one corpus")
-        runs = {"joint": (joint, key), "equal": (equal, "big"), "full": (full, "big")}
+        runs = {"joint": (joint, f"k{K}"), "equal": (equal, "big"), "full": (full, "big")}
         paired.append({name: np.array(run["losses"][of]) for name, (run, of) in runs.items()})
-        domain, names = np.array(full["domain"]), full["domains"]
-        seeds.append({"seed": seed, "big_per_token": joint["big_per_token"][key],
-                      "big_by_layer": joint["big_by_layer"][key], "big_width_equal": width,
+        seeds.append({"seed": seed, "big_per_token": joint["big_per_token"][f"k{K}"],
+                      "big_by_layer": joint["big_by_layer"][f"k{K}"], "big_width_equal": int(width),
                       "flops": {name: run["flops"][of] for name, (run, of) in runs.items()},
-                      "loss": compare(domain, names, paired[-1])})
+                      "loss": compare(full, paired[-1])})
         print(seed, seeds[-1]["loss"]["all"])
-    if K == 4 and config.seed in (0, SEEDS[0]):
-        many = made(router.main, out / f"{preset}_any_s{SEEDS[0]}", config.device, f"--preset={preset}",
-                    f"--seed={SEEDS[0]}", "--joint", "--budget=any")
     if config.seed:
-        return
+        return None
     over = {name: np.mean([each[name] for each in paired], 0) for name in paired[0]}
     spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in paired)
               for name in ("equal", "full")}
-    result = {"command": " ".join(["python results/joint_study.py", preset, str(K)]), "preset": preset,
-              **{key: full[key] for key in ("torch", "device", "commit")}, "k": K, "sequences": len(domain),
-              "seeds": seeds, "mean_over_seeds": compare(domain, names, over), "standard_deviation_over_seeds": spread}
-    if K == 4:
-        result["any"] = [{"k": int(key[1:]), "big_per_token": many["big_per_token"][key], "flops": many["flops"][key],
-                          "loss": compare(domain, names, {"any": np.array(many["losses"][key]), **{
-                              name: paired[0][of] for name, of in (("full", "full"), ("equal at k=4", "equal"))}})}
-                         for key in many["losses"]]
-    write_atomic(out / f"{preset}_joint{of_k}.json", json.dumps(result, indent=1).encode())
+    return about(full) | {"k": K, "seeds": seeds, "mean_over_seeds": compare(full, over),
+                          "standard_deviation_over_seeds": spread}
+
+
+def study_of_any(config, preset, out):
+    """-> what the file says of one base for any budget."""
+    flags = [config.device, f"--preset={preset}", f"--seed={SEEDS[0]}"]
+    many = made(router.main, out / f"{preset}_any_s{SEEDS[0]}", *flags, "--joint", "--budget=any")
+    full = made(train.main, out / f"{preset}_full_s{SEEDS[0]}", *flags, "--train_route=big")
+    return about(full) | {"any": [
+        {"k": int(key[1:]), "big_per_token": many["big_per_token"][key], "flops": many["flops"][key],
+         "loss": compare(full, {"any": np.array(losses), "full": np.array(full["losses"]["big"])})}
+        for key, losses in sorted(many["losses"].items(), key=lambda item: int(item[0][1:]))]}
+
+
+def about(run):
+    return {key: run[key] for key in ("device", "torch", "commit")} | {"sequences": len(run["domain"])}
+
+
+def main(argv=None):
+    config = parser().parse_args(argv)
+    if config.k != "any" and not config.k.isdigit():
+        raise UserError(f"{config.k}: give BIG per token as a whole number, say 4, or any")
+    preset = config.preset
+    if preset == "auto":
+        preset = "gpu" if find_device(config.device).type == "cuda" else "cpu"
+    out = Path(config.out_dir)
+    result = (study_of_any if config.k == "any" else study)(config, preset, out)
+    if result is not None:
+        name = "any" if config.k == "any" else f"k{config.k}"
+        result = {"command": f"python results/joint_study.py {preset} {config.k}", "preset": preset} | result
+        write_atomic(out / f"{preset}_joint_{name}.json", json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -8,9 +8,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from claims import interval
+
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / name for name in ("README.md", "RESULTS.md", "ZOO.md")]
-sys.path.insert(0, str(HERE.parent))
 
 
 def lines(name):
@@ -139,28 +143,28 @@ def controls():
 
 
 def findings():
-    """Each claim on the H100 and on the laptop: the part that is furthest from being met; and on two more bases."""
-    runs, bases = [], []
-    for base in json.loads((HERE / "h100_findings_bases.json").read_text())["bases"]:
-        bases.append({line["id"]: line for line in base["findings"] if (line["router"] or "mlp") == "mlp"})
-    for name, router in (("h100_findings.json", "mlp"), ("cpu_findings.json", "linear")):
-        lines = json.loads((HERE / name).read_text())
-        runs.append({line["id"]: line for line in lines if line.get("router", router) == router})
+    """Each claim on the H100, over base seeds, and on the laptop: the part that is furthest from being met."""
+    study = json.loads((HERE / "h100" / "findings.json").read_text())
+    study = [line for line in study if (line["router"] or "mlp") == "mlp"]
+    laptop = {line["id"]: line for line in json.loads((HERE / "cpu_findings.json").read_text())
+              if line.get("router", "linear") == "linear"}
+
+    def over(line):
+        seeds = len(line["base_seeds"])
+        parts = "; ".join(cell((effect, *ci)) for effect, ci in zip(line["effects"], line["cis"], strict=True))
+        verdict = line["verdicts"][0] + " on one seed" if seeds == 1 else line["verdict"]
+        return f"{verdict}, {parts}"
 
     def shown(line):
-        if line["verdict"] == "not tested":
-            return "not tested"
         where = ", frozen" if line["context"] == "frozen" else ""
         value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
-
-    def again(id):
-        return "; ".join(f"{base[id]['verdict']}, {base[id]['effect']:.3f}" for base in bases if id in base)
-    return markdown(["claim", "unit", "one H100", "two more trainings there", "laptop"],
-                    [[f"{id}: {line['claim']}", line["unit"], shown(runs[0][id]), again(id), shown(line)]
-                     for id, line in runs[1].items()])
+    return markdown(["claim", "unit", "H100, three base seeds", "laptop"],
+                    [[f"{line['id']}: {line['claim']}", laptop[line["id"]]["unit"], over(line),
+                      shown(laptop[line["id"]])] for line in study])
 
 
+ALL_BIG = 64487424  # FLOPs per token of the gpu preset, every token BIG
 PAPER_ROUTERS = ("linear", "gumbel", "mlp", "advantage", "distilled")
 
 
@@ -232,6 +236,16 @@ def zoo_times():
                       runs(row)] for row in report["rows"]])
 
 
+def zoo_times_h100():
+    """FLOPs and time that systems save against all-big on an H100, k = 4; Rewiring has hardly a row of its own."""
+    rows = [row for row in json.loads((HERE / "h100" / "seed1" / "router_table.json").read_text())
+            if row["domain"] == "all" and row["time_saved"] is not None]
+    return markdown(["system", "BIG", "MFLOP to decide", "FLOPs saved", "time saved"],
+                    [[row["name"], f"{row['achieved']:.2f}", f"{row['router_flops'] / 1e6:.2f}",
+                      f"{1 - row['flops'] / ALL_BIG:.0%}", f"{row['time_saved']:.0%}"]
+                     for row in sorted(rows, key=lambda row: -row["time_saved"]) if not row["name"].endswith("few")])
+
+
 def effects():
     """What each system's paper claims, measured: one H100 and a laptop."""
     runs = [{line["system"]: line for line in json.loads((HERE / f"{name}_zoo.json").read_text())}
@@ -263,20 +277,50 @@ def joint(name):
     return markdown(["model", "MFLOP per token", "loss", "joint minus it", "spread over seeds"], rows)
 
 
+def measured(run):
+    """-> losses.json of a run of the H100's study"""
+    return json.loads((HERE / "h100" / run / "losses.json").read_text())
+
+
+LEADS = {  # of joint training on the H100: what differs
+    "lead_half_tau1_s1": "tau = 1; the budget falls in the first half of the steps",
+    "lead_tau1_s1": "tau = 1; in the first 15%",
+    "gpu_joint_k4_s1": "tau = 2; in the first 15% (the preset's)",
+    "lead_layers_s1": "tau = 1; a share of a third for each layer, from the first step",
+    "lead_layers_falling_s1": "tau = 1; a share for each layer, which falls in the first 15%",
+}
+
+
 def joint_leads():
-    """What was changed in joint training on the H100, k = 4, and what came of it."""
-    report = json.loads((HERE / "h100_joint_leads.json").read_text())
-    dense = report["dense_equal"]
-    rows = [[report["before"]["title"], *(f"{report['before']['loss'][s]:.3f}" for s in "123"),
-             f"{statistics.mean(report['before']['loss'][s] - dense[s] for s in '123'):+.3f}"]]
-    for lead in dict.fromkeys(run["lead"] for run in report["runs"]):
-        of = {str(run["seed"]): run for run in report["runs"] if run["lead"] == lead}
-        rows.append([next(iter(of.values()))["title"], *(f"{of[s]['loss']['all'][0]:.3f}" if s in of else ""
-                                                         for s in "123"),
-                     f"{statistics.mean(run['loss']['all'][0] - dense[s] for s, run in of.items()):+.3f}"])
-    rows.append(["dense of equal FLOPs", *(f"{dense[s]:.3f}" for s in "123"), ""])
-    rows.append(["dense, all BIG", *(f"{report['dense_full'][s]:.3f}" for s in "123"), ""])
-    return markdown(["k = 4", "seed 1", "seed 2", "seed 3", "minus dense of equal FLOPs"], rows)
+    """Settings of joint training on the H100, k = 4, seed 1, against that seed's dense models: paired."""
+    dense = {name: np.array(measured(f"joint/gpu_{name}_s1")["losses"]["big"]) for name in ("width598", "full")}
+    rows = []
+    for run, title in LEADS.items():
+        found = measured(f"joint/{run}")
+        losses = np.array(found["losses"]["k4"])
+        rows.append([title, f"{found['big_per_token']['k4']:.2f}", f"{losses.mean():.3f}",
+                     *(cell(interval(losses - other), 4) for other in dense.values())])
+    return markdown(["joint training, k = 4", "BIG", "loss", "minus dense of equal FLOPs", "minus full dense"], rows)
+
+
+def fig8():
+    """Duo at a share of BIG against a dense model of as many FLOPs (paper, Fig. 8), one seed of the H100's."""
+    report, flops = json.loads((HERE / "h100" / "ablations.json").read_text()), measured("seed1")["flops"]
+    return markdown(["share of BIG", "MFLOP per token", "Duo", "dense", "Duo minus it"],
+                    [[f"{row['p_big']:g}", f"{flops['0/' + format(row['p_big'], 'g')] / 1e6:.1f}",
+                      *(f"{side[0]:.3f}" for side in row["duo - dense"]["losses"]),
+                      cell(row["duo - dense"]["difference"])] for row in report["fig8"]])
+
+
+def stage1_changes():
+    """Duo against the same training without skips, and with SMALL trained beside a frozen BIG; the same seed."""
+    report = json.loads((HERE / "h100" / "ablations.json").read_text())
+    titles = ["all-small", "a quarter BIG", "half BIG", "three quarters BIG", "all-big", "a third each",
+              "half SKIP, half BIG"]
+    return markdown(["random routes", "Duo", "minus without skips", "minus freeze-then-small"],
+                    [[title, f"{plain['duo - other']['losses'][0][0]:.3f}", cell(plain["duo - other"]["difference"]),
+                      cell(frozen["duo - other"]["difference"])] for title, plain, frozen in
+                     zip(titles, report["without_skips"], report["freeze_then_small"], strict=True)])
 
 
 def any_h100():
@@ -296,10 +340,15 @@ def any_budget(name):
 
 
 def router_time(name):
-    report = json.loads((HERE / name).read_text())
-    return markdown(["", "BIG", "FLOPs saved", "time saved", "time saved, choices known"],
-                    [[row["what"], f"{row['big']:.2f}", f"{row['flops_saved']:.1%}", f"{row['time_saved']:.1%}",
-                      f"{row['time_saved, known']:.1%}"] for row in report["router"]])
+    """Where a run was timed compiled, too, time saved is of that, and a last column of the other."""
+    rows = json.loads((HERE / name).read_text())["router"]
+    eager = any("us/token, all-big, compiled" in row for row in rows)
+    table = [[row["what"], f"{row['big']:.2f}", f"{row['flops_saved']:.1%}", f"{row['time_saved']:.1%}",
+              f"{row['time_saved, known']:.1%}"] for row in rows]
+    if eager:
+        table = [[*cells, f"{row['time_saved, not compiled']:.1%}"] for cells, row in zip(table, rows, strict=True)]
+    return markdown(["", "BIG", "FLOPs saved", "time saved", "time saved, choices known",
+                     *["time saved, not compiled"] * eager], table)
 
 
 def searches():
@@ -328,10 +377,13 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "zoo-times-cpu": zoo_times,
           "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-cpu-k2": lambda: joint("cpu_joint_k2.json"),
-          "joint-h100": lambda: joint("h100_joint.json"),
+          "joint-h100": lambda: joint("h100/joint/gpu_joint_k4.json"),
           "joint-leads-h100": joint_leads, "any-h100": any_h100,
           "any-cpu": lambda: any_budget("cpu_joint.json"),
-          "router-time-cpu": lambda: router_time("cpu_router_bench.json"), "searches-cpu": searches}
+          "router-time-cpu": lambda: router_time("cpu_router_bench.json"),
+          "router-time-h100": lambda: router_time("h100_router_bench.json"),
+          "fig8-h100": fig8, "stage1-changes-h100": stage1_changes, "zoo-times-h100": zoo_times_h100,
+          "searches-cpu": searches}
 
 
 def fill(text):
@@ -390,8 +442,8 @@ def draw_zoo():
     """ZOO.md's pictures: as analyze.py draws them, from the committed findings."""
     import zoo_figures
 
-    for system, run in (("rmoe", "h100"), ("arch", "h100"), ("openmoe", "h100")):
-        findings = json.loads((HERE / f"{run}_zoo.json").read_text())
+    findings = json.loads((HERE / "h100_zoo.json").read_text())
+    for system in ("rmoe", "arch", "openmoe", "glider", "rewire", "lora_mixer"):
         line = next(line for line in findings if line["system"] == system)
         figure, _ = getattr(zoo_figures, system)(line)
         figure.savefig(HERE / f"zoo_{system}.png", dpi=100, metadata={"Software": None})

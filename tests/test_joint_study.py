@@ -71,6 +71,11 @@ def test_the_study_is_what_its_files_say(study):
         assert seed["loss"]["all"]["joint"][0] == pytest.approx(values["joint"].mean())
         unit = 6 * 16 * 3  # FLOPs of one unit of width: the dense model costs what the routed one does, to half of that
         assert abs(seed["flops"]["equal"] - seed["flops"]["joint"]) <= unit / 2
+        joint, full = seed["flops"]["joint"], seed["flops"]["full"]
+        near = joint_study.equal_run(out, "debug", seed["seed"], joint - 0.004 * joint, full)
+        assert near == out / f"debug_{folders['equal']}"  # costs 0.4% more, so it serves
+        for other in (joint - 0.02 * joint, joint + 2 * unit):
+            assert joint_study.equal_run(out, "debug", seed["seed"], other, full) != near
         gaps.append(values["joint"] - values["equal"])
     assert report["mean_over_seeds"]["all"]["joint - equal"] == pytest.approx(interval(np.mean(gaps, 0)))
     assert report["standard_deviation_over_seeds"]["joint - equal"] == pytest.approx(
@@ -99,3 +104,20 @@ def test_runs_of_other_text_are_not_compared(study):
 
 def test_a_run_that_is_not_there(tmp_path):
     user_error(lambda: losses.main([str(tmp_path / "none")]), "none", "no checkpoint")
+
+
+def test_any_budget(study, monkeypatch):
+    """One base for each k, from its losses.json; a k that is none is refused in one line."""
+    out, _ = study
+    full = json.loads((out / "debug_full_s1" / "losses.json").read_text())
+    many = out / "debug_any_s1"
+    many.mkdir()
+    values = {f"k{k}": [value - k / 100 for value in full["losses"]["big"]] for k in (10, 2)}
+    (many / "losses.json").write_text(json.dumps(full | {
+        "losses": values, "flops": {"k10": 2, "k2": 1}, "big_per_token": {"k10": 9.9, "k2": 2.1}}))
+    assert quiet(joint_study.main, "debug", "any", f"--out_dir={out}", "--device=cpu")[0] == 0
+    rows = json.loads((out / "debug_joint_any.json").read_text())["any"]
+    assert [(row["k"], row["flops"], row["big_per_token"]) for row in rows] == [(2, 1, 2.1), (10, 2, 9.9)]
+    for row in rows:
+        assert row["loss"]["all"]["any - full"] == pytest.approx([-row["k"] / 100] * 3)
+    user_error(lambda: joint_study.main(["debug", "four"]), "four", "whole number")

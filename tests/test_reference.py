@@ -20,6 +20,7 @@ from test_readme import CONFIGS
 from test_train import write_texts
 
 import analyze
+import claims
 import data
 import oracle
 import reference
@@ -165,7 +166,7 @@ def small(tmp_path, monkeypatch):
             for i, what, script in ((1, "a", "count.py"), (1, "b", "fail.py"), (2, "a", "count.py"))]
     monkeypatch.setattr(reference, "ROOT", tmp_path)
     monkeypatch.setattr(reference, "steps", lambda preset: plan)
-    monkeypatch.setattr(reference, "collect", lambda config, planned: print("collected"))
+    monkeypatch.setattr(reference, "collect", lambda config: print("collected"))
     out = tmp_path / "the {out} folder"
 
     def go(*flags):
@@ -247,7 +248,7 @@ def test_a_step_that_ctrl_c_reached_first(small):
 # from the runs to the study's files
 
 def test_findings_over_seeds(tmp_path):
-    """One verdict of all seeds is the study's; else, or where a seed lacks it, undecided."""
+    """One verdict of all seeds that tested a claim, at least two, is the study's; else it is undecided."""
     verdicts = {"F1": ["holds"] * 3, "F2": ["fails"] * 3, "F3": ["holds", "fails", "holds"],
                 "F4": ["holds", "undecided", "holds"], "F5": ["not tested"] * 3, "F6": ["holds", "not tested", "holds"],
                 "F7": [None, "holds", "holds"]}
@@ -261,13 +262,14 @@ def test_findings_over_seeds(tmp_path):
     found = reference.findings(reference.ReferenceConfig(out_dir=str(tmp_path)), "findings.json")
     found = {(line["id"], line["router"]): line for line in found}
     assert {id: line["verdict"] for (id, name), line in found.items() if name == "linear"} == {
-        "F1": "holds", "F2": "fails", "F3": "undecided", "F4": "undecided", "F5": "not tested", "F6": "undecided",
-        "F7": "undecided"}
+        "F1": "holds", "F2": "fails", "F3": "undecided", "F4": "undecided", "F5": "not tested", "F6": "holds",
+        "F7": "holds"}
     one = found["F1", "linear"]
     assert one["effects"] == [1, 2, 3] and one["effect"] == 2 and one["deviation"] == 1
-    assert one["cis"] == [[0, 2], [1, 3], [2, 4]] and one["base_seeds"] == 3 and one["claim"] == "claim F1"
-    assert found["F1", "mlp"]["verdict"] == "undecided" and found["F1", "mlp"]["base_seeds"] == 1
+    assert one["cis"] == [[0, 2], [1, 3], [2, 4]] and one["base_seeds"] == [1, 2, 3] and one["claim"] == "claim F1"
+    assert found["F1", "mlp"]["verdict"] == "undecided" and found["F1", "mlp"]["base_seeds"] == [3]
     assert found["F5", "linear"]["effect"] is None and found["F6", "linear"]["effects"] == [1, 3]
+    assert found["F7", "linear"]["base_seeds"] == [2, 3]
 
 
 def in_process(command, log):
@@ -302,7 +304,9 @@ def study(tmp_path_factory):
         flags = [f"--out_dir={here / 'out'}", "--device=cpu", "--preset=debug"]
         assert quiet(reference.main, *flags, "--only=seed1")[0] == 0
         first = quiet(reference.main, *flags, "--only=collect")[1]
-        assert "fig8: left out, for seed2/train is not finished" in first and not (here / "out/ablations.json").exists()
+        assert "findings.json: left out" in first
+        half = json.loads((here / "out/ablations.json").read_text())
+        assert half["fig8"][0]["duo - dense"]["seeds"] == [1] and list(half["duo"]) == ["1"]
         code, printed = quiet(reference.main, *flags)
         assert code == 0
         yield here / "out", printed, json.loads((here / "out" / "ablations.json").read_text())
@@ -311,7 +315,8 @@ def study(tmp_path_factory):
 def test_collect_says_what_it_wrote(study):
     out, printed, found = study
     assert "ablations.json" in printed.splitlines()[-1]
-    assert set(found) == {"fig8", "skip", "scale", "seeds", "preset", "commit", "torch", "device"}
+    assert set(found) == {"fig8", "without_skips", "scale", "duo"} and set(found["duo"]) == {"1", "2"}
+    assert set(found["duo"]["1"]) == {"device", "torch", "commit"}
 
 
 @torch.no_grad()
@@ -337,8 +342,8 @@ def test_fig8_is_what_the_runs_say(study):
         analyze.batch_losses(duo, x, y, SMALL).mean(), rel=1e-6)
     # both tables see the same Duo on the same routes
     assert [row["duo - dense"]["losses"][0] for row in found["fig8"]] == [
-        row["with - without"]["losses"][0] for row in found["skip"][:5:2]]
-    assert [(row["p_skip"] > 0) for row in found["skip"]] == [False] * 5 + [True] * 2
+        row["duo - other"]["losses"][0] for row in found["without_skips"][:5:2]]
+    assert [(row["p_skip"] > 0) for row in found["without_skips"]] == [False] * 5 + [True] * 2
 
 
 def test_scale_is_what_the_oracles_say(study):
@@ -357,6 +362,26 @@ def test_scale_is_what_the_oracles_say(study):
         rows = [r for r in report["searches"][search]["rows"] if r["domain"] in ("all", "text")]
         losses = {r["budget"]: r["loss"] for r in rows}
         assert found["scale"][1][key]["1/3"]["losses"][1][1] == pytest.approx(losses["1"], rel=1e-6)
+
+
+def test_f12_from_the_small_files(tmp_path):
+    """What reference.py says of stage 1 is claims.f12 of the losses; where a run is missing, that it was not tested."""
+    rng, runs = np.random.default_rng(1), {}
+    for ending, routes in (("", ("0/0.5", "0/1")), ("_dense", ("big",)), ("_freeze", ("0/0.5",))):
+        (tmp_path / f"seed1{ending}").mkdir()
+        runs[ending] = {route: rng.normal(3, 0.1, 50) for route in routes}
+        (tmp_path / f"seed1{ending}" / "losses.json").write_text(json.dumps(
+            {"losses": {route: values.tolist() for route, values in runs[ending].items()}}))
+    line = {"id": "F12", "claim": "x", "unit": "nats", "command": "", "verdict": "not tested", "effect": None, "ci": []}
+    (tmp_path / "seed1" / "findings.json").write_text(json.dumps([line]))
+    config = reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug")
+    (found,) = reference.findings(config, "findings.json")
+    expected = claims.f12(runs[""]["0/1"], runs["_dense"]["big"], runs[""]["0/0.5"], runs["_freeze"]["0/0.5"])
+    assert found["effects"] == [expected["effect"]] and found["verdicts"] == [expected["verdict"]]
+    assert found["verdict"] == "undecided"  # one seed
+    (tmp_path / "seed1_freeze" / "losses.json").unlink()
+    (found,) = reference.findings(config, "findings.json")
+    assert found["verdict"] == "not tested" and found["base_seeds"] == []
 
 
 def test_run_sh():
