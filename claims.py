@@ -5,6 +5,7 @@ Everything is paired: policies are compared on the same tokens, and a resample d
 An estimate is a function of means over sequences; the function gets an array [..., q] of q means, and is applied to the
 sample's means and to those of each resample.
 """
+import functools
 import json
 import math
 from pathlib import Path
@@ -18,11 +19,15 @@ RESAMPLES = 2000
 FEW = 8  # sequences: below that a bootstrap is much too sure (of normal data, its 95% interval holds 81% with 4)
 
 
+@functools.lru_cache(maxsize=8)  # drawing takes longer than all that is made of it, and S is nearly always the same
+def draws(S, seed):
+    """-> how often each of S sequences is drawn in each resample [RESAMPLES, S]"""
+    return np.random.default_rng(seed).multinomial(S, [1 / S] * S, size=RESAMPLES).astype(np.float64)
+
+
 def bootstrap_means(values, seed=0):
     """values [S, q], one row a sequence -> means of RESAMPLES resamples of the sequences [RESAMPLES, q]"""
-    S = len(values)
-    counts = np.random.default_rng(seed).multinomial(S, [1 / S] * S, size=RESAMPLES)  # how often each one is drawn
-    return counts @ values / S
+    return draws(len(values), seed) @ values / len(values)
 
 
 def interval(values, estimate=lambda m: m[..., 0]):

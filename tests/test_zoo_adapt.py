@@ -293,7 +293,7 @@ def test_sample_and_bench_run_it(model, tmp_path, name, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda variants, device: {key: f() and 1.0 for key, f in variants.items()})
     idx = torch.randint(40, (4, T), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(bench, "routed_model", lambda config, device: (model, made, idx))
-    rows = bench.bench_router(SimpleNamespace(preset="debug", router="x.pt"), torch.device("cpu"))
+    rows = bench.bench_router(bench.BenchConfig(preset="debug", router="x.pt"), torch.device("cpu"))
     assert [row["what"] for row in rows] == [f"prefill 2 x {T}", "decode, batch 2"]
 
 
