@@ -164,7 +164,11 @@ def ablation_numbers():
     assert gaps == sorted(gaps, reverse=True)
     all_big = report["without_skips"][4]["duo - other"]["difference"]
     assert max(row["duo - other"]["difference"][2] for row in report["freeze_then_small"]) < 0
+    ends = results("h100/stage1_ends.json")["runs"]
+    ends = {run: np.mean([routes["big"]["loss"] for routes in end["domains"].values()]) for run, end in ends.items()}
+    apart = [ends[f"seed{seed}"] - ends[f"seed{seed}_dense"] for seed in (1, 2, 3)]
     return [f"costs {min(gaps):.2f} to {max(gaps):.2f} nats at each",
+            "are {:.3f}, {:.3f} and {:.3f} above their dense models".format(*apart),
             "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(*all_big, gaps[-1])]
 
 
