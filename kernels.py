@@ -33,7 +33,7 @@ if triton:
         tl.store(out + row * d + i, (a * tl.rsqrt(tl.sum(a * a) / d + 1e-5) * g).to(tl.bfloat16), mask=i < d)
 
     @triton.jit
-    def swiglu_tile(h, weight, row, column, d: tl.constexpr, inner: tl.constexpr, DEPTH: tl.constexpr):
+    def swiglu_tile(h, weight, row, column, d: tl.constexpr, inner, DEPTH: tl.constexpr):
         """silu(gate) * up: rows `row` of h [.., d] by columns `column` of both halves of weight [2 inner, d]"""
         h += row[:, None].to(tl.int64) * d
         weight += tl.minimum(column, inner - 1)[:, None] * d  # columns beyond are computed and not stored
@@ -178,7 +178,8 @@ if triton:
         tl.store(out + row, (m + tl.log2(s)) * 0.6931471805599453, mask=row < N)  # ln(2)
 
 
-# Tile sizes and warps below are the fastest of the eight or so that were tried on an H100 at width 384.
+# Tile sizes and warps below are the fastest of the eight or more that were tried on an H100: at width 384, those of
+# routed_ffn at 1,024.
 
 def read_out_log_sum_exp(h, weight):
     """log sum_v exp(h . w_v), the logits' normalizer -> float32 [N]. h [N, d], weight [V, d], of one dtype.
@@ -231,6 +232,13 @@ def swiglu(h, weight):
     return F.silu(gate) * up
 
 
+def routes_by_kernel(x, *inner):
+    """Whether there are kernels for routed_ffn on x [.., d] with these inner widths: tensor descriptors want rows of
+    whole 16 bytes, and its tiles 192 KB of shared memory, which Hopper has and the large Blackwells."""
+    return (by_kernel(x) and all(width % 8 == 0 for width in (x.shape[-1], *inner))
+            and torch.cuda.get_device_properties(x.device).major in (9, 10))
+
+
 def routed_ffn(x, y, weight, is_big, big, small):
     """x + y + FFN(RMSNorm(x + y)), where a token's FFN is `big` or `small` (model.SwiGLU). x, y [B, T, d]; is_big: bool
     [B, T].
@@ -239,7 +247,7 @@ def routed_ffn(x, y, weight, is_big, big, small):
     that number, and the whole forward of a routed model can be one CUDA graph. (The plain form runs both on all.)
     """
     inner = big.down.weight.shape[1], small.down.weight.shape[1]
-    if not by_kernel(x) or any(width % 8 for width in (x.shape[-1], *inner)):  # descriptors want rows of whole 16 bytes
+    if not routes_by_kernel(x, *inner):
         x, h = add_norm(x, y, weight)
         return x + torch.where(is_big.unsqueeze(-1), big(h), small(h))
     x, y, is_big, shape = x.flatten(0, 1).contiguous(), y.flatten(0, 1).contiguous(), is_big.flatten(), x.shape
@@ -247,8 +255,8 @@ def routed_ffn(x, y, weight, is_big, big, small):
     rank = is_big.cumsum(0, dtype=torch.int32)
     total, h, out, order = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(rank)
     hidden = [torch.empty(N, width, device=x.device, dtype=x.dtype) for width in inner]
-    up, down = ([ffn.get_parameter(f"{name}.weight").to(x.dtype) for ffn in (big, small)]
-                for name in ("gate_up", "down"))
+    up, down = ([layer.weight.to(x.dtype) for layer in layers]
+                for layers in ((big.gate_up, small.gate_up), (big.down, small.down)))
     programs = (torch.cuda.get_device_properties(x.device).multi_processor_count,)
     place_kernel[(N,)](x, y, weight, is_big, rank, total, h, order, N, d, WIDTH=triton.next_power_of_2(d), num_warps=4)
     routed_swiglu_kernel[programs](h, *up, rank, *hidden, N, d, *inner, ROWS=128, COLUMNS=128, DEPTH=64, num_warps=8,

@@ -349,7 +349,8 @@ class DuoGPT(nn.Module):
                 choices = expand_route(route, B, T, L, idx.device).unbind(-1)  # L times [B, T]
         x = self.embedding(idx).to(self.compute_dtype)  # [B, T, d]
         # Sorting here would wait for the GPU in each layer, to hear how many tokens chose what.
-        unsorted = kernels.by_kernel(x) and not getattr(router, "may_skip", True) and not torch.is_grad_enabled()
+        unsorted = (kernels.routes_by_kernel(x, self.config.big_width, self.config.small_width)
+                    and not getattr(router, "may_skip", True) and not torch.is_grad_enabled())
         for layer, block in enumerate(self.blocks):
             if router:
                 choice_logits, state = router(layer, x, state, seq)

@@ -245,7 +245,7 @@ def scale(config):
 
 def f12(config, seed):
     """-> the claim about stage 1 as that seed's losses.json have it; None where they lack one."""
-    if not finished_seeds(config, *(f"{ending}/losses.json" for ending in ("", "_dense", "_freeze"))).count(seed):
+    if seed not in finished_seeds(config, *(f"{ending}/losses.json" for ending in ("", "_dense", "_freeze"))):
         return None
     duo, dense, freeze = (losses_of(config, [seed], ending)[0] for ending in ("", "_dense", "_freeze"))
     return claims.f12(duo["0/1"], dense["big"], duo["0/0.5"], freeze["0/0.5"]) | {
@@ -259,7 +259,9 @@ def findings(config, name, keys=("id", "router")):
     for seed in finished_seeds(config, f"/{name}"):
         lines = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
         own = f12(config, seed) if "id" in keys else None
-        for line in [line for line in lines if own is None or line["id"] != "F12"] + [own] * (own is not None):
+        if own is not None:
+            lines = [line for line in lines if line["id"] != "F12"] + [own]
+        for line in lines:
             groups.setdefault(tuple(line.get(key) for key in keys), []).append(line | {"seed": seed})
     found = []
     for same in groups.values():
@@ -277,8 +279,9 @@ def findings(config, name, keys=("id", "router")):
 
 
 def collect(config):
-    """Write what the finished runs are enough for, from the files that they leave, and say what is missing. Runs may
-    have been made on several machines: findings.json, zoo.json, losses.json and oracle/*.npz of each are enough."""
+    """Write what the finished runs are enough for, from the files that they leave; what there is of some seeds only
+    says of which. Runs may have been made on several machines: of each its findings.json, zoo.json, losses.json or
+    oracle/*.npz is enough, and nothing is run here."""
     out = Path(config.out_dir)
 
     def write(path, result, *without):
@@ -291,11 +294,16 @@ def collect(config):
     write(out / "findings.json", findings(config, "findings.json"), "findings.json (python analyze.py)")
     write(out / "zoo.json", findings(config, "zoo.json", ("system",)), "zoo.json (python effects.py)")
     for k in BUDGETS:
-        if all((out / "joint" / f"{config.preset}_joint_k{k}_s{seed}" / "losses.json").exists() for seed in SEEDS):
-            joint_study.main([config.preset, str(k), f"--out_dir={out / 'joint'}", f"--device={config.device}"])
+        try:
+            joint_study.collect(k, config.preset, out / "joint")
+            print(f"done: {out / 'joint'}/{config.preset}_joint_k{k}.json")
+        except UserError as error:
+            print(f"joint training at k = {k}: left out. {error}")
     ablations = {"fig8": fig8(config), "without_skips": against(config, "_noskip"),
                  "freeze_then_small": against(config, "_freeze"), "scale": scale(config)}
-    ablations = {name: part for name, part in ablations.items() if part}
+    for name in [name for name, part in ablations.items() if not part]:
+        print(f"ablations.json: {name} left out, for no seed has all of its runs")
+        del ablations[name]
     if ablations:
         ablations["duo"] = {seed: {key: value for key, value in json.loads(
             (out / f"seed{seed}" / "losses.json").read_text()).items() if key in ("device", "torch", "commit")}

@@ -137,9 +137,9 @@ PRESETS = {
     "debug": {"steps": 4, "batch_size": 4, "calibration_tokens": 128, "label_positions": 2, "label_routes": 8,
               "warmup_steps": 1, "hidden": 8, "save_interval": 2},
 }
-SHORT = {"tau_start": 1.0, "tau_end": 1.0, "anneal": 0.5}  # of a training whose first 15% are few steps
+LONG_FALL = {"tau_start": 1.0, "tau_end": 1.0, "anneal": 0.5}  # of a training whose first 15% are few steps
 JOINT_PRESETS = {name: values | {key: PRESETS[name][key] for key in ("hidden", "calibration_tokens")
-                                 if key in PRESETS[name]} | (SHORT if name != "gpu" else {})
+                                 if key in PRESETS[name]} | (LONG_FALL if name != "gpu" else {})
                  for name, values in train.PRESETS.items()}
 SETS = {  # what `python router.py` trains: {name: budgets}
     "gpu": dict.fromkeys(NAMES, "2,4,6,8,10"),

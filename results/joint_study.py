@@ -40,9 +40,11 @@ def parser():
 
 def made(main, out_dir, device, *flags):
     """Train into out_dir, or go on there, and measure; what is finished stays -> its losses.json. The script ends
-    where it is interrupted."""
+    where it is interrupted. main=None: nothing is trained, and a run that is missing is a UserError."""
     path = out_dir / "losses.json"
     if not path.exists():
+        if main is None:
+            raise UserError(f"{path}: is missing; `python results/joint_study.py` makes it")
         if main([*flags, "--resume", f"--out_dir={out_dir}", f"--device={device}"]):
             sys.exit(130)
         losses.main([str(out_dir), f"--device={device}"])
@@ -74,25 +76,26 @@ def compare(run, losses):
     return {of: {name: interval(values[name][here]) for name in values} for of, here in rows.items()}
 
 
-def study(config, preset, out):
-    """-> what the file says of k; None where only one seed's runs were asked for."""
+def study(config, preset, out, train_main=train.main, joint_main=router.main):
+    """-> what the file says of k; None where only one seed's runs were asked for. train_main, joint_main: see made."""
     K, seeds, paired = int(config.k), [], []
     for seed in [config.seed] if config.seed else SEEDS:
         flags = [config.device, f"--preset={preset}", f"--seed={seed}"]
-        joint = made(router.main, out / f"{preset}_joint_k{K}_s{seed}", *flags, "--joint", f"--budget={K}")
-        full = made(train.main, out / f"{preset}_full_s{seed}", *flags, "--train_route=big")
+        joint = made(joint_main, out / f"{preset}_joint_k{K}_s{seed}", *flags, "--joint", f"--budget={K}")
+        full = made(train_main, out / f"{preset}_full_s{seed}", *flags, "--train_route=big")
         folder = equal_run(out, preset, seed, joint["flops"][f"k{K}"], full["flops"]["big"])
         width = folder.name.split("_")[1].removeprefix("width")
-        equal = made(train.main, folder, *flags, "--train_route=big", f"--big_width={width}")
-        if len({run["windows"] for run in (joint, full, equal)}) > 1:
-            raise UserError(f"{out}: the runs of seed {seed} were measured on different text; make them on one corpus")
+        equal = made(train_main, folder, *flags, "--train_route=big", f"--big_width={width}")
+        if len({(run["windows"], run["fingerprint"]) for run in (joint, full, equal)}) > 1:
+            raise UserError(f"{out}: the runs of seed {seed} are about different text; make them on one corpus")
         runs = {"joint": (joint, f"k{K}"), "equal": (equal, "big"), "full": (full, "big")}
         paired.append({name: np.array(run["losses"][of]) for name, (run, of) in runs.items()})
         seeds.append({"seed": seed, "big_per_token": joint["big_per_token"][f"k{K}"],
                       "big_by_layer": joint["big_by_layer"][f"k{K}"], "big_width_equal": int(width),
                       "flops": {name: run["flops"][of] for name, (run, of) in runs.items()},
                       "loss": compare(full, paired[-1])})
-        print(seed, seeds[-1]["loss"]["all"])
+        if train_main is not None:
+            print(seed, seeds[-1]["loss"]["all"])
     if config.seed:
         return None
     over = {name: np.mean([each[name] for each in paired], 0) for name in paired[0]}
@@ -121,15 +124,25 @@ def main(argv=None):
     config = parser().parse_args(argv)
     if config.k != "any" and not config.k.isdigit():
         raise UserError(f"{config.k}: give BIG per token as a whole number, say 4, or any")
+    if config.seed not in (0, *SEEDS) or config.seed and config.k == "any":
+        raise UserError(f"--seed={config.seed}: choose from {', '.join(map(str, SEEDS))}; with any leave it out")
     preset = config.preset
     if preset == "auto":
         preset = "gpu" if find_device(config.device).type == "cuda" else "cpu"
     out = Path(config.out_dir)
-    result = (study_of_any if config.k == "any" else study)(config, preset, out)
+    write(config.k, preset, out, (study_of_any if config.k == "any" else study)(config, preset, out))
+
+
+def write(k, preset, out, result):
     if result is not None:
-        name = "any" if config.k == "any" else f"k{config.k}"
-        result = {"command": f"python results/joint_study.py {preset} {config.k}", "preset": preset} | result
+        name = "any" if k == "any" else f"k{k}"
+        result = {"command": f"python results/joint_study.py {preset} {k}", "preset": preset} | result
         write_atomic(out / f"{preset}_joint_{name}.json", json.dumps(result, indent=1).encode())
+
+
+def collect(k, preset, out):
+    """The file for k from what is there; nothing is trained. Raises UserError for the first run that is missing."""
+    write(k, preset, out, study(parser().parse_args([preset, str(k)]), preset, out, None, None))
 
 
 if __name__ == "__main__":

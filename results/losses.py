@@ -2,9 +2,10 @@
 
 Runs of one corpus are measured on the same validation text, so that they can be compared in pairs, also where their
 checkpoints are not kept. In losses.json: `losses`, {routes: nats per token of each sequence [S]}; `flops`, {routes: per
-token, a router's own included}; `domain` [S]; `windows`, a hash of that text; `seed`, `train_route`; of a router also
-`big_per_token` and `big_by_layer`. Routes: "big" of a run trained at all-BIG; "p_skip/p_big" (of the rest) of one
-trained on random routes; "k4" of one that a router routes: router.py has measured that one already, on the same text.
+token, a router's own included}; `domain` [S]; `windows` and `fingerprint`, hashes of that text and of the corpus;
+`seed`, `train_route`; of a router also `big_per_token` and `big_by_layer`. Routes: "big" of a run trained at all-BIG;
+"p_skip/p_big" (of the rest) of one trained on random routes; "k4" of one that a router routes: router.py has measured
+that one already, on the same text.
 """
 import hashlib
 import json
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 from analyze import batch_losses
 from claims import without_nan
-from common import Parser, commit, derive_seed, find_device, load_run, write_atomic
+from common import Parser, UserError, commit, derive_seed, find_device, load_checkpoint, write_atomic
 from common import run as run_script
 from model import BIG, random_route
+from oracle import OracleConfig, Run
 from router import TOKENS
 
 SHARES = (*((0.0, p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)), (1 / 3, 1 / 2), (1 / 2, 1.0))  # of SKIP; of BIG in the rest
@@ -33,34 +34,29 @@ def parser():
     return flags
 
 
-def windows(corpus, preset, T):
-    """-> x, y [S, T], domain [S]: the validation windows that router.py plans with"""
-    holds = min((len(corpus.val[domain]) - 1) // T for domain in corpus.domains)
-    n = min(-(-TOKENS[preset] // T), holds)
-    parts = [data.eval_windows(corpus, domain, n, T) for domain in corpus.domains]
-    return (*(torch.cat(part) for part in zip(*parts, strict=True)), np.arange(len(parts)).repeat(n))
-
-
 @torch.no_grad()
 def measure(out_dir, device):
-    """-> the content of losses.json"""
-    out_dir = Path(out_dir)
-    model, shape, rest = load_run(out_dir, device)
-    model.compute_dtype = torch.float32
-    trained, T, L = rest["train_config"], shape.block_size, shape.n_layer
-    corpus = data.load(Path(rest["corpus"]))
-    x, y, domain = windows(corpus, trained["preset"], T)
-    found = {"seed": trained["seed"], "train_route": trained["train_route"], "domain": domain.tolist(),
-             "domains": corpus.domains, "windows": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16],
-             "losses": {}, "flops": {}, "torch": torch.__version__, "commit": commit(),
+    """-> the content of losses.json, on the windows that router.py plans with. Raises UserError."""
+    saved = load_checkpoint(Path(out_dir) / "ckpt.pt")
+    trained = saved["train_config"]
+    if saved["step"] < trained["max_steps"]:
+        raise UserError(f"{out_dir}: is not finished, step {saved['step']} of {trained['max_steps']}; the command that "
+                        "began it goes on with --resume")
+    r = Run(OracleConfig(out_dir=str(out_dir), device=str(device), data_dir=str(Path(saved["corpus"]).parent)))
+    x, y, domain = r.windows(min(TOKENS[trained["preset"]], r.holds()))
+    T, L = r.shape.block_size, r.shape.n_layer
+    found = {"seed": trained["seed"], "train_route": trained["train_route"], "fingerprint": saved["fingerprint"],
+             "windows": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16], "domain": domain.tolist(),
+             "domains": r.domains, "losses": {}, "flops": {}, "torch": torch.__version__, "commit": commit(),
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     if trained["train_route"] == "router":
         found |= {"big_per_token": {}, "big_by_layer": {}}
-        for path in sorted((out_dir / "routers").glob("*.npz")):
+        for path in sorted((Path(out_dir) / "routers").glob("*.npz")):
             with np.load(path) as file:
                 notes, route = json.loads(str(file["notes"])), file["routes"]
                 if not np.array_equal(file["idx"], x.numpy()):
-                    continue  # measured on other text
+                    raise UserError(f"{path}: was measured on other sequences than the preset's {len(x)}; move it "
+                                    "away, and run router.py --joint once more without --tokens")
                 key = f"k{notes['budget']:g}"
                 found["losses"][key] = file["losses"].mean(-1, dtype=np.float64).tolist()
                 found["flops"][key] = float(file["flops"].mean()) + notes["router_flops"]
@@ -73,8 +69,8 @@ def measure(out_dir, device):
             len(x), T, L, p_skip, p_big, torch.Generator().manual_seed(derive_seed(1, "losses", p_skip, p_big)))
                   for p_skip, p_big in SHARES}
     for key, route in routes.items():
-        found["losses"][key] = batch_losses(model, x, y, route).tolist()
-        flops = model.flops(route, T)
+        found["losses"][key] = batch_losses(r.exact, x, y, route).tolist()
+        flops = r.exact.flops(route, T)
         found["flops"][key] = flops.double().mean().item() if isinstance(flops, torch.Tensor) else float(flops)
     return found
 

@@ -15,7 +15,7 @@ import data
 import router
 import train
 from claims import interval
-from common import load_run
+from common import load_run, save_checkpoint
 from model import BIG
 from results import joint_study, losses
 
@@ -102,8 +102,11 @@ def test_runs_of_other_text_are_not_compared(study):
     path.write_text(kept)
 
 
-def test_a_run_that_is_not_there(tmp_path):
+def test_runs_that_cannot_be_measured(tmp_path):
     user_error(lambda: losses.main([str(tmp_path / "none")]), "none", "no checkpoint")
+    save_checkpoint(tmp_path / "ckpt.pt", {"step": 5, "train_config": {"max_steps": 6}})
+    user_error(lambda: losses.main([str(tmp_path)]), "not finished", "step 5 of 6", "--resume")
+    assert not (tmp_path / "losses.json").exists()
 
 
 def test_any_budget(study, monkeypatch):
@@ -121,3 +124,18 @@ def test_any_budget(study, monkeypatch):
     for row in rows:
         assert row["loss"]["all"]["any - full"] == pytest.approx([-row["k"] / 100] * 3)
     user_error(lambda: joint_study.main(["debug", "four"]), "four", "whole number")
+    user_error(lambda: joint_study.main(["debug", "any", "--seed=2"]), "--seed=2", "leave it out")
+    user_error(lambda: joint_study.main(["debug", "--seed=7"]), "--seed=7", "1, 2")
+
+
+def test_collecting_never_trains(study, monkeypatch):
+    """What reference.py --only=collect calls: the file from what is there, else one line about the first run that is
+    not."""
+    out, _ = study
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trains"))
+    before = (out / "debug_joint_k1.json").read_text()
+    joint_study.collect(1, "debug", out)
+    assert (out / "debug_joint_k1.json").read_text() == before
+    kept = (out / "debug_full_s2").rename(out / "away")
+    user_error(lambda: joint_study.collect(1, "debug", out), "debug_full_s2/losses.json", "missing")
+    kept.rename(out / "debug_full_s2")

@@ -358,6 +358,18 @@ def test_a_routed_ffn_is_each_tokens_own(device):
             assert (found - expected).norm() / expected.norm() < 0.01 and (found - expected).abs().max() < 0.1
 
 
+@torch.no_grad()
+def test_a_routed_layer_is_the_dense_one():
+    """In its plain form, which any machine runs."""
+    model, idx, _, g = make()
+    x, position = model.embedding(idx), (model.cos[:, :T], model.sin[:, :T])
+    for block in model.blocks:
+        is_big = torch.rand(B, T, generator=g) < 0.4
+        dense = block.forward_dense(x, torch.where(is_big, BIG, SMALL), *position)
+        torch.testing.assert_close(block.forward_routed(x, is_big, *position), dense, rtol=1e-5, atol=1e-5)
+        x = dense
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @torch.no_grad()
 def test_a_routed_forward_on_cuda():

@@ -122,7 +122,9 @@ def joint_numbers():
     assert all(min(seed["big_by_layer"][0], seed["big_by_layer"][-1]) > 0.88 and max(seed["big_by_layer"][1:3]) < 0.02
                for seed in h100["seeds"])
     leads = [np.mean(results(f"h100/joint/{run}/losses.json")["losses"]["k4"]) for run in make.LEADS]
-    assert 0.0095 < max(leads) - min(leads) < 0.0105
+    assert round(max(leads) - min(leads), 3) == 0.010
+    waited = results("h100_router_bench_before.json")["router"][0]
+    waited = waited["us/token, routed"] / waited["us/token, all-big"]
     before, laptop = results("h100_joint_leads.json"), results("cpu_joint_leads.json")
     tau1 = {str(run["seed"]): run for run in before["runs"] if run["lead"] == "tau1"}
     falling = sum(before["before"]["loss"][s] - tau1[s]["loss"]["all"][0] for s in "123") / 3
@@ -146,10 +148,14 @@ def joint_numbers():
             f"{of_any:.3f} at k = 4 beside {before['before']['loss']['1']:.3f} for the base",
             "saves {:.2f} and {:.2f} of what is counted; the goal was 0.85".format(*routed),
             "save {:.2f} and {:.2f}. The rest".format(*known),
+            f"took {waited:.1f} times as long as all-big, where it now takes "
+            f"{1 - times[0]['time_saved, not compiled']:.2f} times",
+            f"saves {times[0]['time_saved, not compiled']:.0%} at best",
+            f"without it the mean is {-sum(by_seed['h100'][1:]) / 2:.4f}",
             "takes {:.1f} times as long as all-big at batch 1, {:.1f} times at 64".format(
                 *(1 - row["time_saved"] for row in times[2:])),
             f"saves {times[0]['flops_saved']:.0%} of the FLOPs and {times[0]['time_saved']:.0%} of the time on an "
-            f"H100, {cpu_times[0]['flops_saved']:.0%} and {cpu_times[0]['time_saved']:.0%} on a laptop's core",
+            f"H100, compiled", f"{cpu_times[0]['flops_saved']:.0%} and {cpu_times[0]['time_saved']:.0%} on a laptop's",
             f"it is {-over['equal'][0]:.3f} nats below the dense model of equal FLOPs, in every seed",
             f"on these tokens {-over['full'][0]:.3f} below it", f"goes from {min(full):.3f} to {max(full):.3f}",
             f"{report['sequences']} validation sequences",
@@ -169,7 +175,8 @@ def ablation_numbers():
     apart = [ends[f"seed{seed}"] - ends[f"seed{seed}_dense"] for seed in (1, 2, 3)]
     return [f"costs {min(gaps):.2f} to {max(gaps):.2f} nats at each",
             "are {:.3f}, {:.3f} and {:.3f} above their dense models".format(*apart),
-            "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(*all_big, gaps[-1])]
+            "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(*all_big, gaps[-1]),
+            f"is itself {gaps[-1]:.3f} above a dense model"]
 
 
 def frozen_router_numbers():
@@ -219,7 +226,8 @@ def zoo_numbers():
     assert (code_profile != prose_profile).sum() == 4 and glider["chosen_s"] == 0.25
     assert glider["gains_held_in"][0][1] < 0 < glider["gains_held_in"][0][2]
     assert all(part[2] < 0 for part in glider["gains_held_in"][1:]) and glider["gains_held_out"][-1][2] < 0
-    for text in ("code", "prose"):  # by its own vector, by another's and by noise nothing is gained, at any rate
+    assert loras["linear"]["minus_single"][1] < 0 < loras["linear"]["minus_single"][2]
+    for text in ("code", "prose"):  # by its own vector, by another's and by noise nothing is gained, at any rate tried
         for part in [rewire[text]["gain"][name] for name in ("own", "other", "random")] + [*rewire[text][
                 "rates"].values()]:
             assert part[1] < 0 < part[2]
@@ -265,7 +273,7 @@ def zoo_numbers():
             f"under SBL-; on few sequences it is {loras['lora_mixer_few']['information']:.0%}",
             f"makes a forward {1 - times['rewire']['time_saved']:.0f} times as long",
             f"at least {lora[0]:.3f} and {lora[1]:.3f} better than every router without LoRAs",
-            f"whichever balance loss is taken, and {loras['linear']['minus_single'][0]:.3f} nats (an interval",
+            f"and {loras['linear']['minus_single'][0]:.3f} nats (one seed; its interval holds 0)",
             f"is {early[0.1]:.0%} of the way",
             f"It costs {cpu['rewire']['flops'] / cpu['rewire']['flops_all_big']:.0f} times",
             f"and {rows['rewire_prose', 4]['router_flops'] / 64.49e6:.0f} times on the H100"]
@@ -316,5 +324,13 @@ def test_the_files_of_the_h100_are_what_its_runs_say(tmp_path):
     for name in names:
         (tmp_path / "h100" / name).unlink()
     assert not reference.main([f"--out_dir={tmp_path / 'h100'}", "--device=cpu", "--only=collect"])
+
+    def numbers(value):
+        """-> the same with every number to 9 digits: another processor may add in another order"""
+        if isinstance(value, dict | list):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            return {key: numbers(part) for key, part in pairs}
+        return float(f"{value:.9g}") if isinstance(value, float) else value
     for name in names:
-        assert (tmp_path / "h100" / name).read_text() == (ROOT / "results" / "h100" / name).read_text(), name
+        made, kept = (json.loads((folder / name).read_text()) for folder in (tmp_path / "h100", ROOT / "results/h100"))
+        assert numbers(made) == numbers(kept), name
