@@ -633,7 +633,7 @@ def check(config):
             raise UserError(f"--budgets={job.budgets}: a ramp changes along the sequence; use --context=sequential")
         if job.criterion != "label" and not config.reference:
             raise UserError(f"--criterion={job.criterion}: needs --reference, a run trained apart: "
-                            "python train.py --train_route=big --out_dir=out/reference")
+                            "python train.py --train_route=big --seed=11 --out_dir=out/reference")
     return job
 
 
@@ -670,7 +670,7 @@ def main(argv=None):
           f"{r.corpus.fingerprint}; {r.device}, search in {r.fast.compute_dtype}")
     if not job and not r.reference:
         print("no --reference: foresight and hindsight are left out. Make one with `python train.py --train_route=big "
-              "--out_dir=out/reference`")
+              "--seed=11 --out_dir=out/reference`")
     quality, about = [], {"fingerprint": r.corpus.fingerprint, "seed": r.rest["train_config"]["seed"]}
     try:
         with tqdm(total=total, unit="work", unit_scale=True, dynamic_ncols=True, disable=r.rank > 0, smoothing=0.1,

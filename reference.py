@@ -296,7 +296,6 @@ def collect(config):
     for k in BUDGETS:
         try:
             joint_study.collect(k, config.preset, out / "joint")
-            print(f"done: {out / 'joint'}/{config.preset}_joint_k{k}.json")
         except UserError as error:
             print(f"joint training at k = {k}: left out. {error}")
     ablations = {"fig8": fig8(config), "without_skips": against(config, "_noskip"),
@@ -333,8 +332,9 @@ def main(argv=None):
         state = f"took {done[name]['minutes']:.1f}" if name in done else f"{minutes:.0f}"
         print(f"{name:<24}{state:>10} min   python {shlex.join(commands[name])}")
     left = [minutes for name, minutes, _ in chosen if name not in done]
-    print(f"{len(left)} of {len(chosen)} steps are left: about {sum(left):.0f} minutes on one H100, the gpu preset. "
-          f"Here: {here['device']}, the {config.preset} preset")
+    if chosen:
+        print(f"{len(left)} of {len(chosen)} steps are left: about {sum(left):.0f} minutes on one H100, the gpu "
+              f"preset. Here: {here['device']}, the {config.preset} preset")
     if config.list:
         return 0
     open_out_dir(out)

@@ -90,11 +90,14 @@ def time_saved(run):
             name = min(names, key=lambda name: abs(float(name.split()[-1]) - L / 2))
             k = float(name.split()[-1])
             flops_saved = (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
-            saved = 1 - times[name][0]
-            parts.append(f"{what.format(name.split()[0])} at k = {k:g} a forward takes {abs(saved):.0%} "
-                         f"{'less' if saved > 0 else 'more'} time than all-big for {flops_saved:.0%} fewer FLOPs")
+            middle, low, high = times[name]  # of all-big's time: the median, and the middle half of the rounds
+            long = ("as long as all-big to what can be told apart" if low <= 1 <= high else
+                    f"{abs(1 - middle):.0%} {'less' if middle < 1 else 'more'} time than all-big")
+            parts.append(f"{what.format(name.split()[0])} at k = {k:g} a forward takes {long} ({low:.2f} to {high:.2f} "
+                         f"of its time) for {flops_saved:.0%} fewer FLOPs")
     told = "; ".join(parts)
-    return f"{told[0].upper()}{told[1:]} ({run['times_on']['device']}; the router's own FLOPs left out)."
+    return (f"{told[0].upper()}{told[1:]} (width {model.config.n_embd}, {run['times_on']['device']}, not compiled, the "
+            "middle half of the rounds; the router's own FLOPs left out).")
 
 
 @torch.no_grad()

@@ -94,8 +94,6 @@ def study(config, preset, out, train_main=train.main, joint_main=router.main):
                       "big_by_layer": joint["big_by_layer"][f"k{K}"], "big_width_equal": int(width),
                       "flops": {name: run["flops"][of] for name, (run, of) in runs.items()},
                       "loss": compare(full, paired[-1])})
-        if train_main is not None:
-            print(seed, seeds[-1]["loss"]["all"])
     if config.seed:
         return None
     over = {name: np.mean([each[name] for each in paired], 0) for name in paired[0]}
@@ -133,11 +131,21 @@ def main(argv=None):
     write(config.k, preset, out, (study_of_any if config.k == "any" else study)(config, preset, out))
 
 
+def shown(part):
+    return "{:.4f} ({:.4f} to {:.4f})".format(*part)
+
+
 def write(k, preset, out, result):
     if result is not None:
+        for seed in result.get("seeds", ()):
+            print(f"seed {seed['seed']}: " + ", ".join(f"{name} {part[0]:.4f}" for name, part in
+                                                       seed["loss"]["all"].items()))
+        for name, part in result.get("mean_over_seeds", {}).get("all", {}).items():
+            print(f"mean over seeds, {name}: {shown(part)}")
         name = "any" if k == "any" else f"k{k}"
         result = {"command": f"python results/joint_study.py {preset} {k}", "preset": preset} | result
         write_atomic(out / f"{preset}_joint_{name}.json", json.dumps(result, indent=1).encode())
+        print(f"done: {out}/{preset}_joint_{name}.json")
 
 
 def collect(k, preset, out):

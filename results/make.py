@@ -156,7 +156,8 @@ def findings():
         return f"{verdict}, {parts}"
 
     def shown(line):
-        where = ", frozen" if line["context"] == "frozen" else ""
+        frozen = "frozen" in (line["context"], *line.get("baseline_contexts", {}).values())
+        where = (", frozen" if line["context"] == "frozen" else ", oracle frozen") if frozen else ""
         value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
     return markdown(["claim", "unit", "H100, three base seeds", "laptop"],

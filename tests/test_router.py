@@ -861,23 +861,23 @@ def test_the_router_in_the_readme(go, here, tmp_path, monkeypatch, text):
     readme = (Path(router.__file__).parent / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len([line for line in snippet.splitlines() if line.strip() and "import" not in line]) <= 20
-    go("out/cpu", name="linear", steps=1)
+    go("out", name="linear", steps=1)
     (tmp_path / "data").symlink_to(here / "data")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet, names)
-    rows = json.loads((tmp_path / "out/cpu/routers.json").read_text())
+    rows = json.loads((tmp_path / "out/routers.json").read_text())
     assert {row["name"] for row in rows} == {"linear", "new_tokens"}
     assert names["rows"] == [row for row in rows if row["name"] == "new_tokens"]
     assert 0 < names["rows"][0]["achieved"] < 1
-    model, own, (idx, _) = load_run("out/cpu", "cpu")[0], names["NewTokens"](), text
+    model, own, (idx, _) = load_run("out", "cpu")[0], names["NewTokens"](), text
     whole, cache = stats_of(model, own, idx), KVCache(model.config, B, idx.device, torch.float32)
     for b in range(B):
         new = [token not in idx[b, :t] for t, token in enumerate(idx[b])]
         assert (whole[b, :, 2] == BIG).tolist() == new
     routes = [stats_of(model, own, piece, cache=cache) for piece in idx.split([5, 1, 1, T - 7], 1)]
     assert torch.cat(routes, 1).equal(whole)
-    user_error(lambda: router.measure(own, "mlp", out_dir="out/cpu"), "mlp", "another")
+    user_error(lambda: router.measure(own, "mlp", out_dir="out"), "mlp", "another")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

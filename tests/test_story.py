@@ -31,7 +31,7 @@ def made():
             "controls_context": "sequential", "times_on": {"device": "a CPU"},
             "times": {"fixed 2": [0.8, 0.7, 0.9], "mlp 2": [1.25, 1.2, 1.3]}, "folder": "out",
             "windows": {"domain": np.zeros(8, int), "domains": ["code"]},
-            "model": SimpleNamespace(config=SimpleNamespace(n_layer=4), flops=lambda choice: torch.tensor(
+            "model": SimpleNamespace(config=SimpleNamespace(n_layer=4, n_embd=8), flops=lambda choice: torch.tensor(
                 {1: 1.0, 2: 3.0}[choice]))}
 
 
@@ -44,8 +44,11 @@ def test_five_sentences(made):
     assert "0.020 (0.010 to 0.030) nats below the dense model of equal FLOPs" in joint
     assert "gpu preset, a GPU, 8 sequences, mean of 2 seeds" in joint
     assert "0.050 (0.040 to 0.060) nats above the full dense model" in joint
-    assert time.startswith("Under the mlp router at k = 2 a forward takes 25% more time than all-big for 33% fewer")
-    assert "under one pattern at k = 2 a forward takes 20% less time" in time
+    assert time.startswith("Under the mlp router at k = 2 a forward takes 25% more time than all-big (1.20 to 1.30 of "
+                           "its time) for 33% fewer FLOPs")
+    assert "under one pattern at k = 2 a forward takes 20% less time" in time and "(width 8, a CPU" in time
+    made["times"]["mlp 2"] = [0.97, 0.9, 1.1]
+    assert "takes as long as all-big to what can be told apart (0.90 to 1.10" in story.time_saved(made)
 
 
 def test_words_follow_the_numbers(made):
