@@ -14,11 +14,12 @@ command, for each of these scripts resumes. Of one seed, in order:
     narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter; their oracles by dp
 
 Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
-device, commit, torch}; of each training losses.json (results/losses.py), all that comparisons of trainings need. Made
-at the end from what the runs left, of the base seeds that have it: findings.json and zoo.json, each claim with its
-effect on every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models (paper, Fig. 8), without skips
-and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M tokens: the larger a model, the
-more often it sees them). Minutes are estimates for one H100, the gpu preset, with nothing else on it.
+device, commit, torch}; of each training losses.json (results/losses.py), of each oracle by dp gains_<criterion>.json:
+all that comparisons need. Made at the end from what the runs left, of the base seeds that have it: findings.json and
+zoo.json, each claim with its effect on every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
+(paper, Fig. 8), without skips and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M
+tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
+nothing else on it.
 """
 import json
 import shlex
@@ -184,9 +185,16 @@ def finished_seeds(config, *files):
 
 
 def losses_of(config, seeds, ending=""):
-    """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
-    texts = [(Path(config.out_dir) / f"seed{seed}{ending}" / "losses.json").read_text() for seed in seeds]
-    return [{routes: np.array(values) for routes, values in json.loads(text)["losses"].items()} for text in texts]
+    """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py). Raises
+    UserError where that run was measured on other text than the base of its seed: they could not be paired."""
+    found = []
+    for seed in seeds:
+        base, path = (Path(config.out_dir) / f"seed{seed}{part}" / "losses.json" for part in ("", ending))
+        run = json.loads(path.read_text())
+        if run["windows"] != json.loads(base.read_text())["windows"]:
+            raise UserError(f"{path}: is about other text than {base}; make both on one corpus, or move it away")
+        found.append({routes: np.array(values) for routes, values in run["losses"].items()})
+    return found
 
 
 def over_seeds(seeds, first, second):
@@ -205,7 +213,8 @@ def fig8(config):
         ending = f"_dense{share:g}" if share < 1 else "_dense"
         seeds = finished_seeds(config, "/losses.json", f"{ending}/losses.json")
         if seeds:
-            found.append({"p_big": share, "duo - dense": over_seeds(
+            first = json.loads((Path(config.out_dir) / f"seed{seeds[0]}" / "losses.json").read_text())
+            found.append({"p_big": share, "flops": first["flops"][f"0/{share:g}"], "duo - dense": over_seeds(
                 seeds, [each[f"0/{share:g}"] for each in losses_of(config, seeds)],
                 [each["big"] for each in losses_of(config, seeds, ending)])})
     return found
@@ -220,21 +229,30 @@ def against(config, ending):
             for routes in (duo[0] if seeds else [])]
 
 
+def keep_gains(path):
+    """Of a dp oracle's file, what `scale` compares, beside its run, small enough to keep: gains_<criterion>.json,
+    {losses: {budget: losses per sequence [S]}, domain [S]} at any number of BIG, a sixth, a third, half, all."""
+    with np.load(path) as file:
+        L, labels = file["routes"].shape[-1], file["labels"].tolist()
+        rows = {key: labels.index(key) for key in ("any", *map(str, (L // 6, L // 3, L // 2, L)))}
+        losses = {key: file["losses"][row].mean(-1, dtype=np.float64).round(7).tolist() for key, row in rows.items()}
+        kept = {"losses": losses, "domain": file["domain"].tolist(), "n_layer": L}
+        write_atomic(path.parent.parent / f"gains_{file['criterion']}.json", json.dumps(kept).encode())
+
+
 def scale(config):
     """The oracle's gain over all-BIG for each size, nats, and what of it could be foreseen (the expected-loss
     oracle's): dp, frozen context, at any number of BIG and at a sixth, a third and half of the layers."""
     found = []
     for size in SIZES:
         shape, gains, ending = sized(config.preset, size), {}, "" if size == "base" else f"_{size}"
-        files = {"label": f"{ending}/oracle/sb_frozen_dp.npz", "expected": f"{ending}/oracle/sb_frozen_dp_expected.npz"}
+        files = {criterion: f"{ending}/gains_{criterion}.json" for criterion in ("label", "expected")}
         seeds, L = finished_seeds(config, *files.values()), shape.n_layer
         if not seeds:
             continue
         for criterion, path in files.items():
-            runs = []
-            for seed in seeds:
-                with np.load(Path(config.out_dir) / f"seed{seed}{path}") as file:
-                    runs.append(dict(zip(file["labels"].tolist(), file["losses"].mean(-1, dtype=np.float64))))
+            runs = [{budget: np.array(losses) for budget, losses in json.loads(
+                (Path(config.out_dir) / f"seed{seed}{path}").read_text())["losses"].items()} for seed in seeds]
             gains[criterion] = {share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
                                 for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)),
                                                  ("1/2", str(L // 2)))}
@@ -281,8 +299,10 @@ def findings(config, name, keys=("id", "router")):
 def collect(config):
     """Write what the finished runs are enough for, from the files that they leave; what there is of some seeds only
     says of which. Runs may have been made on several machines: of each its findings.json, zoo.json, losses.json or
-    oracle/*.npz is enough, and nothing is run here."""
+    gains_*.json is enough (the last is made here, of oracle/*.npz), and nothing is run here."""
     out = Path(config.out_dir)
+    for path in sorted(out.glob("seed*/oracle/sb_frozen_dp*.npz")):
+        keep_gains(path)
 
     def write(path, result, *without):
         if not result:

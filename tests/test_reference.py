@@ -26,7 +26,7 @@ import oracle
 import reference
 import router
 import train
-from common import load_run, parse_config
+from common import UserError, load_run, parse_config
 from model import BIG, SMALL, DuoGPT, random_route
 
 ROOT = Path(__file__).parent.parent
@@ -364,6 +364,22 @@ def test_scale_is_what_the_oracles_say(study):
         assert found["scale"][1][key]["1/3"]["losses"][1][1] == pytest.approx(losses["1"], rel=1e-6)
 
 
+def test_the_small_files_are_enough(study, tmp_path):
+    """Collecting where only losses.json and gains_*.json of each run were brought gives the same ablations."""
+    out, _, found = study
+    for path in (*out.glob("seed*/losses.json"), *out.glob("seed*/gains_*.json")):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("SEEDS", (1, 2)), ("SIZES", {"base": (1, 1), "wide": (1, 1 / 2)}), ("BUDGETS", ()),
+                            ("SHARES", (0.0, 0.5))):
+            patch.setattr(reference, name, value)
+        tiny = {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 300}
+        patch.setitem(train.PRESETS, "debug", tiny)
+        reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug"))
+    assert json.loads((tmp_path / "ablations.json").read_text()) == found
+
+
 def test_f12_from_the_small_files(tmp_path):
     """What reference.py says of stage 1 is claims.f12 of the losses; where a run is missing, that it was not tested."""
     rng, runs = np.random.default_rng(1), {}
@@ -371,7 +387,7 @@ def test_f12_from_the_small_files(tmp_path):
         (tmp_path / f"seed1{ending}").mkdir()
         runs[ending] = {route: rng.normal(3, 0.1, 50) for route in routes}
         (tmp_path / f"seed1{ending}" / "losses.json").write_text(json.dumps(
-            {"losses": {route: values.tolist() for route, values in runs[ending].items()}}))
+            {"windows": "a", "losses": {route: values.tolist() for route, values in runs[ending].items()}}))
     line = {"id": "F12", "claim": "x", "unit": "nats", "command": "", "verdict": "not tested", "effect": None, "ci": []}
     (tmp_path / "seed1" / "findings.json").write_text(json.dumps([line]))
     config = reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug")
@@ -382,6 +398,10 @@ def test_f12_from_the_small_files(tmp_path):
     (tmp_path / "seed1_freeze" / "losses.json").unlink()
     (found,) = reference.findings(config, "findings.json")
     assert found["verdict"] == "not tested" and found["base_seeds"] == []
+    path = tmp_path / "seed1_dense" / "losses.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": "b"}))
+    with pytest.raises(UserError, match="seed1_dense.*is about other text than"):
+        reference.losses_of(config, [1], "_dense")
 
 
 def test_run_sh():
