@@ -245,19 +245,19 @@ def scale(config):
     oracle's): dp, frozen context, at any number of BIG and at a sixth, a third and half of the layers."""
     found = []
     for size in SIZES:
-        shape, gains, ending = sized(config.preset, size), {}, "" if size == "base" else f"_{size}"
-        files = {criterion: f"{ending}/gains_{criterion}.json" for criterion in ("label", "expected")}
-        seeds, L = finished_seeds(config, *files.values()), shape.n_layer
-        if not seeds:
-            continue
-        for criterion, path in files.items():
+        shape, ending = sized(config.preset, size), "" if size == "base" else f"_{size}"
+        L, row = shape.n_layer, {}
+        for criterion, name in (("label", "oracle"), ("expected", "expected-loss oracle")):
+            path = f"{ending}/gains_{criterion}.json"
+            seeds = finished_seeds(config, path)
             runs = [{budget: np.array(losses) for budget, losses in json.loads(
                 (Path(config.out_dir) / f"seed{seed}{path}").read_text())["losses"].items()} for seed in seeds]
-            gains[criterion] = {share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
-                                for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)),
-                                                 ("1/2", str(L // 2)))}
-        found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape),
-                      "all-BIG - oracle": gains["label"], "all-BIG - expected-loss oracle": gains["expected"]})
+            row[f"all-BIG - {name}"] = {
+                share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
+                for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)), ("1/2", str(L // 2)))
+                } if seeds else None
+        if any(row.values()):
+            found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape)} | row)
     return found
 
 

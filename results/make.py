@@ -304,24 +304,69 @@ def joint_leads():
     return markdown(["joint training, k = 4", "BIG", "loss", "minus dense of equal FLOPs", "minus full dense"], rows)
 
 
-def fig8():
-    """Duo at a share of BIG against a dense model of as many FLOPs (paper, Fig. 8), one seed of the H100's."""
-    report, flops = json.loads((HERE / "h100" / "ablations.json").read_text()), measured("seed1")["flops"]
-    return markdown(["share of BIG", "MFLOP per token", "Duo", "dense", "Duo minus it"],
-                    [[f"{row['p_big']:g}", f"{flops['0/' + format(row['p_big'], 'g')] / 1e6:.1f}",
-                      *(f"{side[0]:.3f}" for side in row["duo - dense"]["losses"]),
-                      cell(row["duo - dense"]["difference"])] for row in report["fig8"]])
+def over_seeds(part):
+    """-> cells of reference.over_seeds: both sides, their difference, its deviation over seeds"""
+    spread = part["deviation_over_seeds"]
+    return [*(mean_and_spread(side) if len(side) > 1 else f"{side[0]:.3f}" for side in part["losses"]),
+            cell(part["difference"]), "" if spread is None else f"{spread:.3f}"]
 
 
-def stage1_changes():
-    """Duo against the same training without skips, and with SMALL trained beside a frozen BIG; the same seed."""
-    report = json.loads((HERE / "h100" / "ablations.json").read_text())
+def fig8(name):
+    """Duo at a share of BIG against a dense model of as many FLOPs (paper, Fig. 8)."""
+    report = json.loads((HERE / name).read_text())
+    return markdown(["share of BIG", "MFLOP per token", "Duo", "dense", "Duo minus it", "spread over seeds"],
+                    [[f"{row['p_big']:g}", f"{row['flops'] / 1e6:.{1 if row['flops'] > 1e7 else 2}f}",
+                      *over_seeds(row["duo - dense"])] for row in report["fig8"]])
+
+
+def stage1_changes(name):
+    """Duo against the same training without skips, and with SMALL trained beside a frozen BIG; the same seeds."""
+    report = json.loads((HERE / name).read_text())
     titles = ["all-small", "a quarter BIG", "half BIG", "three quarters BIG", "all-big", "a third each",
               "half SKIP, half BIG"]
-    return markdown(["random routes", "Duo", "minus without skips", "minus freeze-then-small"],
-                    [[title, f"{plain['duo - other']['losses'][0][0]:.3f}", cell(plain["duo - other"]["difference"]),
-                      cell(frozen["duo - other"]["difference"])] for title, plain, frozen in
-                     zip(titles, report["without_skips"], report["freeze_then_small"], strict=True)])
+    rows = []
+    for title, plain, frozen in zip(titles, report["without_skips"], report["freeze_then_small"], strict=True):
+        duo, _, *without = over_seeds(plain["duo - other"])
+        rows.append([title, duo, *without, *over_seeds(frozen["duo - other"])[2:]])
+    return markdown(["random routes", "Duo", "minus without skips", "over seeds", "minus freeze-then-small",
+                     "over seeds"], rows)
+
+
+def scale(name):
+    """The oracle's gain over all-BIG, and what of it could be foreseen, against the model's size."""
+    report, rows = json.loads((HERE / name).read_text()), []
+    for row in sorted(report["scale"], key=lambda row: row["parameters"]):
+        label, expected = (row[f"all-BIG - {kind}"] for kind in ("oracle", "expected-loss oracle"))
+        rows.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f} M",
+                     ", ".join(map(str, label["any"]["seeds"])), over_seeds(label["any"])[0],
+                     *(cell(part[share]["difference"]) if part else "not run" for part in (label, expected)
+                       for share in ("any", "1/3"))])
+    return markdown(["layers x width", "parameters", "seeds", "all-big", "oracle gains, any k", "k = a third",
+                     "could be foreseen, any k", "k = a third"], rows)
+
+
+def retrofit():
+    """A pretrained model whose FFNs are BIG (paper, appendix A): random routes, routers, and the greedy oracle."""
+    folder, rows = HERE / "h100" / "smol", []
+    run, oracle, routers = (json.loads((folder / f"{name}.json").read_text()) for name in
+                            ("losses", "oracle", "routers"))
+    losses = {routes: np.array(values) for routes, values in run["losses"].items()}
+    L, big = 30, losses["0/1"]
+    for routes, title in (("0/1", "all-big: the model itself"), ("0/0.75", "random"), ("0/0.5", "random"),
+                          ("0/0.25", "random"), ("0/0", "all-small")):
+        rows.append([title, f"{L * float(routes.split('/')[1]):g}", f"{run['flops'][routes] / 1e6:.0f}",
+                     f"{losses[routes].mean():.3f}", "" if routes == "0/1" else cell(interval(losses[routes] - big)),
+                     len(big)])
+    for row in routers:
+        if row["domain"] == "all":
+            rows.append(["MLP router", f"{row['achieved']:.1f}", f"{row['flops'] / 1e6:.0f}", f"{row['loss']:.3f}",
+                         cell(row["versus"]["all_big"]), row["sequences"]])
+    found = {row["budget"]: row for row in oracle["searches"]["sb_frozen_greedy"]["rows"] if row["domain"] == "all"}
+    for budget in ("30", "29", "18", "10", "4", "0"):
+        row = found[budget]
+        rows.append(["oracle, greedy", f"{row['big']:g}", "", f"{row['loss']:.3f}",
+                     "" if budget == "30" else f"{row['loss'] - found['30']['loss']:.3f}", row["sequences"]])
+    return markdown(["route", "BIG of 30", "MFLOP per token", "loss", "minus all-big", "sequences"], rows)
 
 
 def any_h100():
@@ -380,11 +425,18 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-cpu-k2": lambda: joint("cpu_joint_k2.json"),
           "joint-h100": lambda: joint("h100/joint/gpu_joint_k4.json"),
+          "joint-h100-k2": lambda: joint("h100/joint/gpu_joint_k2.json"),
+          "joint-h100-k6": lambda: joint("h100/joint/gpu_joint_k6.json"),
           "joint-leads-h100": joint_leads, "any-h100": any_h100,
           "any-cpu": lambda: any_budget("cpu_joint.json"),
           "router-time-cpu": lambda: router_time("cpu_router_bench.json"),
           "router-time-h100": lambda: router_time("h100_router_bench.json"),
-          "fig8-h100": fig8, "stage1-changes-h100": stage1_changes, "zoo-times-h100": zoo_times_h100,
+          "fig8-h100": lambda: fig8("h100/ablations.json"), "fig8-cpu": lambda: fig8("cpu_ablations.json"),
+          "stage1-changes-h100": lambda: stage1_changes("h100/ablations.json"),
+          "stage1-changes-cpu": lambda: stage1_changes("cpu_ablations.json"),
+          "retrofit-h100": retrofit,
+          "scale-h100": lambda: scale("h100/ablations.json"), "scale-cpu": lambda: scale("cpu_ablations.json"),
+          "zoo-times-h100": zoo_times_h100,
           "searches-cpu": searches}
 
 
