@@ -19,7 +19,7 @@ all that comparisons need. Made at the end from what the runs left, of the base 
 zoo.json, each claim with its effect on every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
 (paper, Fig. 8), without skips and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
-nothing else on it.
+nothing else on it, from runs that shared one (results/h100/log.json); those of the zoo and the routers are guesses.
 """
 import json
 import shlex
@@ -106,11 +106,11 @@ def steps(preset):
     for seed in SEEDS:
         me, mine = f"seed{seed}", {"seed": seed}
         reference = {"reference": f"{{out}}/{me}_reference"}
-        add(f"{me}/train", 3, "train.py", me, **mine)
+        add(f"{me}/train", 2, "train.py", me, **mine)
         # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
-        add(f"{me}/reference", 7, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
-        add(f"{me}/oracle", 12, "oracle.py", me, **reference)
-        add(f"{me}/routers", 15, "router.py", me, **mine, **few)
+        add(f"{me}/reference", 3, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
+        add(f"{me}/oracle", 10, "oracle.py", me, **reference)
+        add(f"{me}/routers", 10, "router.py", me, **mine, **few)
         add(f"{me}/zoo", 40, "router.py", me, name="all", budget="2,4,6,8", **mine, **few)
         add(f"{me}/effects", 3, "effects.py", me)
         add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
@@ -118,18 +118,18 @@ def steps(preset):
         add(f"{me}/analyze", 2, "analyze.py", me, dense=f"{{out}}/{me}_dense", freeze=f"{{out}}/{me}_freeze")
 
         for share in SHARES:
-            add(f"{me}/dense{share:g}", 2, "train.py", f"{me}_dense{share:g}", train_route="big",
+            add(f"{me}/dense{share:g}", 1, "train.py", f"{me}_dense{share:g}", train_route="big",
                 big_width=dense_width(base, share), **mine)
-        add(f"{me}/noskip", 3, "train.py", f"{me}_noskip", skip_every=0, **mine)
+        add(f"{me}/noskip", 2, "train.py", f"{me}_noskip", skip_every=0, **mine)
         for k in BUDGETS:
-            found.append((f"{me}/joint_k{k}", 11, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
+            found.append((f"{me}/joint_k{k}", 3, ["results/joint_study.py", preset, str(k), "--out_dir={out}/joint",
                                                   f"--seed={seed}"]))
         for size in SIZES:
             folder = me if size == "base" else f"{me}_{size}"
             if size != "base":
-                add(f"{me}/{size}", 1 + 2 * times[size] ** 2, "train.py", folder, **shape(size), **mine)  # steps x time
+                add(f"{me}/{size}", 1 + times[size] ** 2, "train.py", folder, **shape(size), **mine)  # steps x time
             for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
-                add(f"{me}/{size}_{criterion}", 2, "oracle.py", folder, search="dp", context="frozen",
+                add(f"{me}/{size}_{criterion}", 0.5 + times[size], "oracle.py", folder, search="dp", context="frozen",
                     criterion=criterion, **reference)
     return found
 

@@ -668,7 +668,8 @@ def main(argv=None):
           f"{r.corpus.fingerprint}; {r.device}, trains in {r.fast.compute_dtype}; {len(windows[0])} validation "
           f"sequences of {T}")
     if not load_patterns(r)[0]:
-        print("no oracle/patterns_*.npz: random and fixed baselines are left out; `python oracle.py` makes them")
+        how = "`python oracle.py` makes them" if L <= 14 else "oracle.py makes them for up to 14 layers"
+        print(f"no oracle/patterns_*.npz: random and fixed baselines are left out; {how}")
 
     batch, learned = training_text(r, config), {}
     with tqdm(total=len(jobs) * config.steps, unit="step", dynamic_ncols=True, smoothing=0.1,
