@@ -492,6 +492,57 @@ def draw():
     figure.savefig(HERE / "stage1.png", dpi=110)
 
 
+def draw_ways():
+    """RESULTS.md's picture: left, what each way to spend less costs per FLOP; right, the oracle's gain against size."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    report = json.loads((HERE / "h100" / "ablations.json").read_text())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1.35, 1), layout="constrained")
+
+    def curve(points, **style):
+        """points: (FLOPs per token, losses of the base seeds)"""
+        left.errorbar([flops / 1e6 for flops, _ in points], [statistics.mean(losses) for _, losses in points],
+                      [statistics.stdev(losses) for _, losses in points], ms=4, capsize=2, **style)
+    flops = [row["flops"] for row in report["fig8"]]
+    pairs = [row["duo - dense"]["losses"] for row in report["fig8"]]
+    studies = [json.loads((HERE / "h100" / "joint" / f"gpu_joint_k{k}.json").read_text()) for k in (2, 4, 6)]
+    of = {name: [(statistics.mean(seed["flops"][name] for seed in study["seeds"]),
+                  [seed["loss"]["all"][name][0] for seed in study["seeds"]]) for study in studies]
+          for name in ("joint", "equal")}
+    curve(sorted([*zip(flops, [pair[1] for pair in pairs], strict=True), *of["equal"]]), color="#000000", marker="s",
+          label="dense, a model for each")
+    curve(of["joint"], color="#d55e00", marker="o", ls="none", label="trained with a router, k = 2, 4, 6")
+    all_big = statistics.mean(pairs[-1][0])
+    routed = sorted((row["flops"] / 1e6, all_big + row["versus"]["all_big"][0]) for row in json.loads(
+        (HERE / "h100" / "seed1" / "router_table.json").read_text()) if (row["name"], row["domain"]) == ("mlp", "all"))
+    left.plot(*zip(*routed, strict=True), "^--", color="#0072b2", ms=4, label="MLP router on frozen Duo, k = 2 to 10")
+    curve(list(zip(flops, [pair[0] for pair in pairs], strict=True)), color="#009e73", marker="o",
+          label="Duo, random routes")
+    frozen = [row["duo - other"]["losses"][1] for row in report["freeze_then_small"][:5]]
+    curve(list(zip(flops, frozen, strict=True)), color="#999999", marker="v", label="freeze-then-small, random routes")
+    left.set(xlabel="MFLOP per token", ylabel="validation loss (nats per token)", title="what spending less costs")
+    left.legend(frameon=False, fontsize=9)
+
+    rows = [row for row in report["scale"] if row["all-BIG - oracle"]]
+    rows.sort(key=lambda row: row["parameters"])
+    for key, colour, title, shift in (("all-BIG - oracle", "#0072b2", "the oracle gains", -0.2),
+                                      ("all-BIG - expected-loss oracle", "#e69f00", "could be foreseen", 0.2)):
+        there = [(i + shift, row[key]["any"]["difference"]) for i, row in enumerate(rows) if row[key]]
+        middle = [part[0] for _, part in there]
+        right.bar([x for x, _ in there], middle, 0.38, color=colour, label=title,
+                  yerr=[[part[0] - part[1] for _, part in there], [part[2] - part[0] for _, part in there]], capsize=2)
+    right.set_xticks(range(len(rows)), [f"{row['n_layer']} x {row['n_embd']}" + "\n(foreseen:\nnot run)" * (
+        row["all-BIG - expected-loss oracle"] is None) for row in rows])
+    right.set(xlabel="layers x width", ylabel="nats over all-big", title="more layers, more to choose from")
+    right.legend(frameon=False, fontsize=9)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "ways.png", dpi=110, metadata={"Software": None})
+
+
 def draw_zoo():
     """ZOO.md's pictures: as analyze.py draws them, from the committed findings."""
     import zoo_figures
@@ -507,4 +558,5 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(fill(page.read_text()))
     draw()
+    draw_ways()
     draw_zoo()
