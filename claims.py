@@ -652,7 +652,7 @@ def router_summary(rows, found):
                      + "".join(f"{shown(other.get(key)):<28}" for key in ("best100_data_set", "fixed", "all_big"))
                      + shown(row["recovered"], "{:.1%} ({:.1%}..{:.1%})"))
     counts = max((row["compared_on"] for row in rows), key=lambda on: (len(on), on["fixed"]), default={})
-    fixed = ", fixed" * any(shown(row["versus"]["fixed"]) for row in rows)  # none above 14 layers
+    fixed = ", fixed" if any(shown(row["versus"]["fixed"]) for row in rows) else ""  # none above 14 layers
     groups = {"fixed": f"for small{fixed} and all-big", "random": "for random and best of 100", "oracle": "for oracle"}
     lines.append("sequences: " + ", ".join(f"{counts[key]} {what}" for key, what in groups.items() if key in counts))
     frozen = sorted({policy for row in rows for policy, context in row["contexts"].items() if context == "frozen"})

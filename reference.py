@@ -21,6 +21,7 @@ zoo.json, each claim with its effect on every base seed; joint/*_joint_*.json; a
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
 nothing else on it, from runs that shared one (results/h100/log.json); those of the zoo and the routers are guesses.
 """
+import hashlib
 import json
 import shlex
 import signal
@@ -184,24 +185,30 @@ def finished_seeds(config, *files):
     return [seed for seed in SEEDS if all((Path(config.out_dir) / f"seed{seed}{file}").exists() for file in files)]
 
 
-def losses_of(config, seeds, ending=""):
-    """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py). Raises
-    UserError where that run was measured on other text than the base of its seed: they could not be paired."""
-    found = []
+def of_one_text(config, seeds, file, base):
+    """-> the content of `file` of each seed's run. Raises UserError where one is about other text than `base` of the
+    first seed: all are paired with that one, sequence by sequence."""
+    first, found = Path(config.out_dir) / f"seed{seeds[0]}{base}" if seeds else None, []
     for seed in seeds:
-        base, path = (Path(config.out_dir) / f"seed{seed}{part}" / "losses.json" for part in ("", ending))
-        run = json.loads(path.read_text())
-        if run["windows"] != json.loads(base.read_text())["windows"]:
-            raise UserError(f"{path}: is about other text than {base}; make both on one corpus, or move it away")
-        found.append({routes: np.array(values) for routes, values in run["losses"].items()})
+        path = Path(config.out_dir) / f"seed{seed}{file}"
+        found.append(json.loads(path.read_text()))
+        if found[-1]["windows"] != json.loads(first.read_text())["windows"]:
+            raise UserError(f"{path}: is about other text than {first}; make both on one corpus, or move it away")
     return found
+
+
+def losses_of(config, seeds, ending=""):
+    """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
+    return [{routes: np.array(values) for routes, values in run["losses"].items()}
+            for run in of_one_text(config, seeds, f"{ending}/losses.json", "/losses.json")]
 
 
 def over_seeds(seeds, first, second):
     """Two lists of losses [S], one array a base seed -> their means, and that of the difference: with its interval over
     sequences (paired, their mean over seeds), and its deviation over seeds."""
     gaps = [a - b for a, b in zip(first, second, strict=True)]
-    return {"seeds": seeds, "losses": [[float(each.mean()) for each in side] for side in (first, second)],
+    return {"seeds": seeds, "sequences": len(gaps[0]),
+            "losses": [[float(each.mean()) for each in side] for side in (first, second)],
             "difference": claims.interval(np.mean(gaps, 0)),
             "deviation_over_seeds": statistics.stdev(float(gap.mean()) for gap in gaps) if len(seeds) > 1 else None}
 
@@ -231,13 +238,18 @@ def against(config, ending):
 
 def keep_gains(path):
     """Of a dp oracle's file, what `scale` compares, beside its run, small enough to keep: gains_<criterion>.json,
-    {losses: {budget: losses per sequence [S]}, domain [S]} at any number of BIG, a sixth, a third, half, all."""
+    {losses: {budget: losses per sequence [S]} at any number of BIG, a sixth, a third, half and all; domain [S];
+    windows, a hash of the text; the model's shape and checkpoint; how it was made}."""
+    run = path.parent.parent
     with np.load(path) as file:
-        L, labels = file["routes"].shape[-1], file["labels"].tolist()
+        L, labels, notes = file["routes"].shape[-1], file["labels"].tolist(), json.loads(str(file["notes"]))
         rows = {key: labels.index(key) for key in ("any", *map(str, (L // 6, L // 3, L // 2, L)))}
         losses = {key: file["losses"][row].mean(-1, dtype=np.float64).round(7).tolist() for key, row in rows.items()}
-        kept = {"losses": losses, "domain": file["domain"].tolist(), "n_layer": L}
-        write_atomic(path.parent.parent / f"gains_{file['criterion']}.json", json.dumps(kept).encode())
+        kept = {"losses": losses, "domain": file["domain"].tolist(), "n_layer": L,
+                "n_embd": json.loads((run / "config.json").read_text())["n_embd"],
+                "windows": hashlib.sha256(file["idx"].astype(np.int64).tobytes()).hexdigest()[:16],
+                "checkpoint": str(file["checkpoint"])} | {key: notes[key] for key in ("command", "device", "torch")}
+        write_atomic(run / f"gains_{file['criterion']}.json", json.dumps(kept).encode())
 
 
 def scale(config):
@@ -248,10 +260,13 @@ def scale(config):
         shape, ending = sized(config.preset, size), "" if size == "base" else f"_{size}"
         L, row = shape.n_layer, {}
         for criterion, name in (("label", "oracle"), ("expected", "expected-loss oracle")):
-            path = f"{ending}/gains_{criterion}.json"
-            seeds = finished_seeds(config, path)
-            runs = [{budget: np.array(losses) for budget, losses in json.loads(
-                (Path(config.out_dir) / f"seed{seed}{path}").read_text())["losses"].items()} for seed in seeds]
+            file = f"{ending}/gains_{criterion}.json"
+            seeds, runs = finished_seeds(config, file), []
+            for kept in of_one_text(config, seeds, file, file):
+                if (kept["n_layer"], kept["n_embd"]) != (L, shape.n_embd):
+                    raise UserError(f"{config.out_dir}/seed*{file}: of {kept['n_layer']} layers of width "
+                                    f"{kept['n_embd']}, not the {config.preset} preset's; give --preset")
+                runs.append({budget: np.array(losses) for budget, losses in kept["losses"].items()})
             row[f"all-BIG - {name}"] = {
                 share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
                 for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)), ("1/2", str(L // 2)))
@@ -301,8 +316,9 @@ def collect(config):
     says of which. Runs may have been made on several machines: of each its findings.json, zoo.json, losses.json or
     gains_*.json is enough (the last is made here, of oracle/*.npz), and nothing is run here."""
     out = Path(config.out_dir)
-    for path in sorted(out.glob("seed*/oracle/sb_frozen_dp*.npz")):
-        keep_gains(path)
+    for name in ("sb_frozen_dp.npz", "sb_frozen_dp_expected.npz"):  # those that the study's steps make
+        for path in sorted(out.glob(f"seed*/oracle/{name}")):
+            keep_gains(path)
 
     def write(path, result, *without):
         if not result:
@@ -324,9 +340,9 @@ def collect(config):
         print(f"ablations.json: {name} left out, for no seed has all of its runs")
         del ablations[name]
     if ablations:
-        ablations["duo"] = {seed: {key: value for key, value in json.loads(
-            (out / f"seed{seed}" / "losses.json").read_text()).items() if key in ("device", "torch", "commit")}
-                            for seed in finished_seeds(config, "/losses.json")}
+        ablations["runs"] = {path.parent.name: {key: value for key, value in json.loads(path.read_text()).items()
+                                                if key in ("device", "torch", "commit")}
+                             for path in sorted(out.glob("seed*/losses.json"))}
     write(out / "ablations.json", ablations, "losses.json beside those of the same training with a change")
 
 

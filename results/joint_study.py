@@ -78,7 +78,7 @@ def compare(run, losses):
 
 def study(config, preset, out, train_main=train.main, joint_main=router.main):
     """-> what the file says of k; None where only one seed's runs were asked for. train_main, joint_main: see made."""
-    K, seeds, paired, devices = int(config.k), [], [], set()
+    K, seeds, paired, made_of = int(config.k), [], [], []
     for seed in [config.seed] if config.seed else SEEDS:
         flags = [config.device, f"--preset={preset}", f"--seed={seed}"]
         joint = made(joint_main, out / f"{preset}_joint_k{K}_s{seed}", *flags, "--joint", f"--budget={K}")
@@ -88,7 +88,7 @@ def study(config, preset, out, train_main=train.main, joint_main=router.main):
         equal = made(train_main, folder, *flags, "--train_route=big", f"--big_width={width}")
         if len({(run["windows"], run["fingerprint"]) for run in (joint, full, equal)}) > 1:
             raise UserError(f"{out}: the runs of seed {seed} are about different text; make them on one corpus")
-        devices |= {run["device"] for run in (joint, full, equal)}
+        made_of += [full, joint, equal]
         runs = {"joint": (joint, f"k{K}"), "equal": (equal, "big"), "full": (full, "big")}
         paired.append({name: np.array(run["losses"][of]) for name, (run, of) in runs.items()})
         seeds.append({"seed": seed, "big_per_token": joint["big_per_token"][f"k{K}"],
@@ -100,8 +100,8 @@ def study(config, preset, out, train_main=train.main, joint_main=router.main):
     over = {name: np.mean([each[name] for each in paired], 0) for name in paired[0]}
     spread = {f"joint - {name}": statistics.stdev((each["joint"] - each[name]).mean() for each in paired)
               for name in ("equal", "full")}
-    return about(full) | {"device": ", ".join(sorted(devices)), "k": K, "seeds": seeds,
-                          "mean_over_seeds": compare(full, over), "standard_deviation_over_seeds": spread}
+    return about(*made_of) | {"k": K, "seeds": seeds, "mean_over_seeds": compare(full, over),
+                              "standard_deviation_over_seeds": spread}
 
 
 def study_of_any(config, preset, out):
@@ -109,14 +109,16 @@ def study_of_any(config, preset, out):
     flags = [config.device, f"--preset={preset}", f"--seed={SEEDS[0]}"]
     many = made(router.main, out / f"{preset}_any_s{SEEDS[0]}", *flags, "--joint", "--budget=any")
     full = made(train.main, out / f"{preset}_full_s{SEEDS[0]}", *flags, "--train_route=big")
-    return about(full) | {"any": [
+    return about(full, many) | {"any": [
         {"k": int(key[1:]), "big_per_token": many["big_per_token"][key], "flops": many["flops"][key],
          "loss": compare(full, {"any": np.array(losses), "full": np.array(full["losses"]["big"])})}
         for key, losses in sorted(many["losses"].items(), key=lambda item: int(item[0][1:]))]}
 
 
-def about(run):
-    return {key: run[key] for key in ("device", "torch", "commit")} | {"sequences": len(run["domain"])}
+def about(*runs):
+    """How these runs, on the same text, were made."""
+    made = {key: ", ".join(sorted({run[key] for run in runs})) for key in ("device", "torch", "commit")}
+    return made | {"sequences": len(runs[0]["domain"])}
 
 
 def main(argv=None):

@@ -336,13 +336,17 @@ def scale(name):
     """The oracle's gain over all-BIG, and what of it could be foreseen, against the model's size."""
     report, rows = json.loads((HERE / name).read_text()), []
     for row in sorted(report["scale"], key=lambda row: row["parameters"]):
-        label, expected = (row[f"all-BIG - {kind}"] for kind in ("oracle", "expected-loss oracle"))
+        parts = [row[f"all-BIG - {kind}"] for kind in ("oracle", "expected-loss oracle")]
+        there = [part["any"] for part in parts if part]
         rows.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f} M",
-                     ", ".join(map(str, label["any"]["seeds"])), over_seeds(label["any"])[0],
-                     *(cell(part[share]["difference"]) if part else "not run" for part in (label, expected)
+                     *("; ".join(dict.fromkeys(texts)) for texts in (
+                         [", ".join(map(str, part["seeds"])) for part in there],
+                         [str(part["sequences"]) for part in there])),
+                     over_seeds(there[-1])[0],
+                     *(cell(part[share]["difference"]) if part else "not run" for part in parts
                        for share in ("any", "1/3"))])
-    return markdown(["layers x width", "parameters", "seeds", "all-big", "oracle gains, any k", "k = a third",
-                     "could be foreseen, any k", "k = a third"], rows)
+    return markdown(["layers x width", "parameters", "seeds", "sequences", "all-big", "oracle gains, any k",
+                     "k = a third", "could be foreseen, any k", "k = a third"], rows)
 
 
 def retrofit():

@@ -759,3 +759,14 @@ def test_nothing_yet(tmp_path):
     result = claims.report(tmp_path, "now", [], ABOUT)
     assert result["searches"] == result["baselines"] == result["controls"] == {} and result["findings"] == []
     assert claims.summary(result, list(result["searches"])) == ""
+
+
+@pytest.mark.parametrize(("fixed", "said"), [([0.1, 0.0, 0.2], "8 for small, fixed and all-big"),
+                                             ([None, None, None], "8 for small and all-big")])
+def test_router_summary_names_what_it_compared(fixed, said):
+    """Of a deep model no fixed pattern was chosen, so none is named."""
+    row = {"name": "mlp", "budget": 2.0, "skip_budget": None, "domain": "all", "choices": "sb", "seed": 1, "loss": 3.0,
+           "achieved": 2.0, "achieved_skip": 0.0, "bits_per_byte": 1.0, "flops": 1e6, "recovered": None,
+           "versus": {"fixed": fixed, "all_big": [0.1, 0.0, 0.2]}, "contexts": {"fixed": "sequential"},
+           "compared_on": {"fixed": 8, "all_big": 8}}
+    assert f"sequences: {said}" in claims.router_summary([row], [])

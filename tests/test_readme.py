@@ -121,7 +121,7 @@ def joint_numbers():
     unclear = [seed["loss"]["all"]["joint - equal"][1] < 0 for seed in h100_two["seeds"]]
     assert unclear == [True, False, False]
     first, last = zip(*((seed["big_by_layer"][0], seed["big_by_layer"][-1]) for seed in h100_two["seeds"]), strict=True)
-    assert min(first[0], first[2]) > 0.965 and round(first[1], 2) == 0.58 and round(last[1], 2) == 0.85
+    assert min(first[0], first[2]) >= 0.97 and round(first[1], 2) == 0.58 and round(last[1], 2) == 0.85
     assert two["mean_over_seeds"]["all"]["joint - full"][1] > 0
     full = [seed["loss"]["all"]["joint - full"][0] for seed in report["seeds"]]
     over = {name: report["mean_over_seeds"]["all"][f"joint - {name}"] for name in ("equal", "full")}
@@ -177,27 +177,39 @@ def joint_numbers():
 def ablation_numbers():
     """The sentences about stage 1 against other trainings, and about size, that quote a number."""
     report, cpu = results("h100/ablations.json"), results("cpu_ablations.json")
-    for study in (report, cpu):
-        assert all(row["duo - dense"]["difference"][1] > 0.1 for row in study["fig8"])
+    gaps, laptop = ([row["duo - dense"]["difference"] for row in study["fig8"]] for study in (report, cpu))
+    assert [row["p_big"] for row in report["fig8"]] == [row["p_big"] for row in cpu["fig8"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert max(gaps) == gaps[0] and max(laptop) == laptop[1]
+    for study, sequences in ((report, 1024), (cpu, 128)):
         assert max(row["duo - other"]["difference"][2] for row in study["freeze_then_small"]) < 0
-    gaps = [row["duo - dense"]["difference"] for row in report["fig8"]]
-    assert max(gaps) == gaps[0] and [row["p_big"] for row in report["fig8"]] == [0, 0.25, 0.5, 0.75, 1]
-    assert all(ours["duo - dense"]["difference"][0] < theirs["duo - dense"]["difference"][0]
-               for ours, theirs in zip(report["fig8"], cpu["fig8"], strict=True))  # dearer on a laptop
-    all_big = report["without_skips"][4]["duo - other"]["difference"]
-    label = {row["size"]: row["all-BIG - oracle"]["any"] for row in report["scale"]}
-    foreseen = {row["size"]: row["all-BIG - expected-loss oracle"] for row in report["scale"]}
-    assert foreseen["deep"] is None and foreseen["base"]["any"]["difference"][1] < foreseen["shallow"]["any"][
-        "difference"][0] < foreseen["narrow"]["any"]["difference"][1]
-    assert label["narrow"]["difference"][1] < label["base"]["difference"][0] < label["narrow"]["difference"][2]
+        for part in ("without_skips", "freeze_then_small"):
+            assert {row["duo - other"]["sequences"] for row in study[part]} == {sequences}
+            assert all(row["duo - other"]["seeds"] == [1, 2, 3] for row in study[part])
+    all_big, cpu_big = (study["without_skips"][4]["duo - other"]["difference"] for study in (report, cpu))
+    useless = [[-row["duo - other"]["difference"][0] for row in study["without_skips"][5:]] for study in (cpu, report)]
+    sizes = {row["size"]: row for row in report["scale"]}
+    label = {size: row["all-BIG - oracle"] for size, row in sizes.items()}
+    foreseen = {size: row["all-BIG - expected-loss oracle"] for size, row in sizes.items()}
+    assert foreseen["deep"] is None and "wide" not in sizes and label["narrow"]["any"]["sequences"] == 64
+    assert {part["any"]["sequences"] for part in [*foreseen.values(), *label.values()] if part} == {64, 256}
+    assert label["narrow"]["any"]["difference"][1] < label["base"]["any"]["difference"][0] < label["narrow"]["any"][
+        "difference"][2]
+    assert foreseen["base"]["any"]["difference"][2] < foreseen["narrow"]["any"]["difference"][1]
+    at_home = {row["size"]: row["all-BIG - oracle"]["any"]["difference"] for row in cpu["scale"]}
+    assert at_home["shallow"][2] < at_home["base"][1] and at_home["base"][0] < at_home["deep"][0]
+    assert {row["all-BIG - oracle"]["any"]["sequences"] for row in cpu["scale"]} == {16}
+    reference = results("h100/seed1_reference/losses.json")
     return [f"costs {min(gaps)[0]:.2f} to {max(gaps)[0]:.2f} nats at each",
-            "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(
-                *all_big, gaps[-1][0]),
+            "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(*all_big, gaps[-1][0]),
             "is itself {:.3f} ({:.3f} to {:.3f}) above a dense model".format(*gaps[-1]),
+            f"twice that, {min(laptop)[0]:.2f} to {max(laptop)[0]:.2f}, most at a quarter BIG",
+            f"skips cost {cpu_big[0]:.3f} at all-big",
+            "are {:.2f} and {:.2f} worse, not {:.1f} and {:.1f}".format(*useless[0], *useless[1]),
+            f"(all 1,024 sequences: {np.mean(reference['losses']['big']):.3f} nats)",
             "A gain of {:.2f}, {:.2f} and {:.2f} nats at 6, 12 and 24".format(
-                *(label[size]["difference"][0] for size in ("shallow", "base", "deep"))),
-            "all-big has {:.3f}, {:.3f} and {:.3f} in the first".format(
-                *(label[size]["losses"][0][0] for size in ("narrow", "shallow", "base")))]
+                *(label[size]["any"]["difference"][0] for size in ("shallow", "base", "deep"))),
+            "is {:.3f} and {:.3f} at 6 and 12 layers at any k, {:.3f} and {:.3f} at a third".format(
+                *(foreseen[size][share]["difference"][0] for share in ("any", "1/3") for size in ("shallow", "base")))]
 
 
 def retrofit_numbers():
@@ -209,10 +221,10 @@ def retrofit_numbers():
     random = {share: np.mean(run["losses"][f"0/{share}"]) - np.mean(run["losses"]["0/1"]) for share in ("0.5", "0.75")}
     routed = {row["budget"]: row["versus"]["all_big"][0] for row in routers if row["domain"] == "all"}
     assert greedy["4"] < greedy["30"] and "with 4 of 30 the oracle still beats all-big" in TEXT
-    return [f"gain {greedy['30'] - greedy['29']:.3f} nats over all 30", f"the best number is {best}",
+    return [f"gain {greedy['30'] - greedy['29']:.3f} nats over all 30", f"the best number is about {best}",
             f"three quarters BIG lose {random['0.75']:.2f} nats",
-            f"it loses {routed[20]:.2f}, where random routes of 22.5 lose {random['0.75']:.2f}",
-            f"with 10 of 30 {routed[10]:.2f}, where random ones of 15 lose {random['0.5']:.2f}"]
+            f"A router with 20 of 30 loses {routed[20]:.2f}",
+            f"with 10 of 30 {routed[10]:.2f}, where random routes of 15 lose {random['0.5']:.2f}"]
 
 
 def frozen_router_numbers():

@@ -306,7 +306,7 @@ def study(tmp_path_factory):
         first = quiet(reference.main, *flags, "--only=collect")[1]
         assert "findings.json: left out" in first
         half = json.loads((here / "out/ablations.json").read_text())
-        assert half["fig8"][0]["duo - dense"]["seeds"] == [1] and list(half["duo"]) == ["1"]
+        assert half["fig8"][0]["duo - dense"]["seeds"] == [1] and "seed1" in half["runs"]
         code, printed = quiet(reference.main, *flags)
         assert code == 0
         yield here / "out", printed, json.loads((here / "out" / "ablations.json").read_text())
@@ -315,8 +315,8 @@ def study(tmp_path_factory):
 def test_collect_says_what_it_wrote(study):
     out, printed, found = study
     assert "ablations.json" in printed.splitlines()[-1]
-    assert set(found) == {"fig8", "without_skips", "scale", "duo"} and set(found["duo"]) == {"1", "2"}
-    assert set(found["duo"]["1"]) == {"device", "torch", "commit"}
+    assert set(found) == {"fig8", "without_skips", "scale", "runs"} and {"seed1", "seed2_dense0"} < set(found["runs"])
+    assert set(found["runs"]["seed1"]) == {"device", "torch", "commit"}
 
 
 @torch.no_grad()
@@ -377,7 +377,13 @@ def test_the_small_files_are_enough(study, tmp_path):
         tiny = {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 300}
         patch.setitem(train.PRESETS, "debug", tiny)
         reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug"))
-    assert json.loads((tmp_path / "ablations.json").read_text()) == found
+        assert json.loads((tmp_path / "ablations.json").read_text()) == found
+        with pytest.raises(UserError, match="gains_label.json: of 6 layers of width 16, not the cpu preset's"):
+            reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="cpu"))
+        path = tmp_path / "seed2_wide" / "gains_label.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": "other"}))
+        with pytest.raises(UserError, match="seed2_wide/gains_label.json: is about other text than .*seed1_wide"):
+            reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug"))
 
 
 def test_f12_from_the_small_files(tmp_path):
