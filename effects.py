@@ -26,7 +26,7 @@ import effects_adapt
 import effects_prompt
 import router
 from common import UserError, arg, parse_config, run, write_atomic
-from effects_prompt import finding
+from effects_prompt import evenly, finding
 from model import BIG, SMALL
 
 
@@ -274,11 +274,9 @@ def early_learning(r, windows, config, k, seed):
 def drop_towards_the_end(r, files, windows, k, seeds):
     """The capacity router: how many tokens that want BIG find no place, by position, on validation text and on text of
     a kind that nothing here was trained on (C++)? And what that costs against the linear router, by position."""
-    idx, T = windows[0], r.shape.block_size
-    tokens = data.extra_domain("cpp", r.corpus)[1]
-    n = min(len(idx), (len(tokens) - 1) // T)
-    cpp, _ = data.to_tensors([tokens[i:i + T + 1] for i in np.arange(n) * (len(tokens) - 1) // n])
-    some = torch.linspace(0, len(idx) - 1, n).long()  # as many, of all domains
+    idx = windows[0]
+    cpp, _ = evenly(r, data.extra_domain("cpp", r.corpus)[1], len(idx))
+    some = torch.linspace(0, len(idx) - 1, len(cpp)).long()  # as many, of all domains
     lost = {"in": 0, "out": 0}
     for seed in seeds:
         path = Path(r.config.out_dir) / "routers" / f"{router.stem('capacity', (k, None), 'sb', seed)}.pt"
@@ -287,7 +285,7 @@ def drop_towards_the_end(r, files, windows, k, seeds):
             lost[where] = lost[where] + without_place(r, made, text) / len(seeds)
     cost = np.mean([diagnosis.by_position(files["capacity"][k, seed]["losses"] - files["linear"][k, seed]["losses"])
                     for seed in seeds], 0)  # [S, 8]
-    return {"places": made.places, "sequences": n,
+    return {"places": made.places, "sequences": len(cpp),
             "overflow": {where: [claims.interval(part) for part in values.T] for where, values in lost.items()},
             "overflow_last_minus_first": {where: claims.interval(values[:, -1] - values[:, 0])
                                           for where, values in lost.items()},
