@@ -429,7 +429,7 @@ class Glider(Router):
     def __init__(self, shape, config, share, rng):
         super().__init__(shape, 0, config.choices, share, rng, learns="linear")
         self.every = max(1, shape.block_size // 8)
-        self.register_buffer("s", torch.tensor(4.0))  # the paper's are 3 to 1000; effects.py sweeps it
+        self.register_buffer("s", torch.tensor(4.0))  # the paper's are 3 to 1000; effects_prompt.py sweeps it
         self.register_buffer("prototype", torch.zeros(MOST, shape.n_embd))
         self.register_buffer("profile", torch.zeros(MOST, shape.n_layer))  # unused rows: 0
         self.register_buffer("centre", torch.zeros(shape.n_embd))

@@ -1,9 +1,9 @@
 """One figure for each system of zoo.py: the effect that its paper claims, as effects.py measured it.
 
 figures.py's material has `zoo`: {system: its finding in zoo.json}. Each function below gets that finding (its `detail`
-is what effects.py's function of the same name returns) and gives a figure and what to see in it; draw() adds what the
-paper claims and our verdict, and says what is missing. One colour for the system itself, in all of these; its controls
-have it too, but hollow; other routers are drawn in INK.
+is what the function of the same name in effects.py, effects_prompt.py or effects_adapt.py returns) and gives a figure
+and what to see in it; draw() adds what the paper claims and our verdict, and says what is missing. One colour for the
+system itself, in all of these; its controls have it too, but hollow; other routers are drawn in INK.
 """
 import functools
 

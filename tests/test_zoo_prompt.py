@@ -11,6 +11,7 @@ from test_train import write_texts
 
 import data
 import effects
+import effects_prompt
 import gates
 import router
 import train
@@ -254,9 +255,9 @@ def test_arch_routes_a_new_domain_by_its_row(prompt_arch):
     assert on_the_domains_layer(model, made, (2,)) > 0.85
     assert on_the_domains_layer(model, made, (0, 1)) > 0.9
     # A softmax head over the two domains it knows gives the third one to them, and so a wrong layer.
-    head = effects.softmax_head(z[domain < 2, -1], domain[domain < 2])
-    assert effects.head_choices(head, z[domain < 2, -1]).equal(domain[domain < 2])
-    assert (effects.head_choices(head, z[domain == 2, -1]) < 2).all()
+    head = effects_prompt.softmax_head(z[domain < 2, -1], domain[domain < 2])
+    assert effects_prompt.head_choices(head, z[domain < 2, -1]).equal(domain[domain < 2])
+    assert (effects_prompt.head_choices(head, z[domain == 2, -1]) < 2).all()
 
 
 def test_arch_says_other(prompt_arch):
@@ -327,7 +328,7 @@ def test_glider_compiles_as_the_linear_router_does():
     torch.testing.assert_close(*losses)
 
 
-# What effects.py measures of the three, on a run of its own: a folder of texts is one domain
+# What effects_prompt.py measures of the three, on a run of its own: a folder of texts is one domain
 
 @pytest.fixture(scope="module")
 def prompt_run(tmp_path_factory):
