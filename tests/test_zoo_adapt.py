@@ -2,6 +2,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, user_error
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import effects_adapt
 import gates
 import router
 import sample
@@ -310,3 +312,56 @@ def test_rewire_learns_compiled_in_one_graph(model, text, monkeypatch):
         values = [made.step_loss(model, dataclasses.replace(DEBUG, compile=flag), (1, None), *text, domain, step)[0]
                   for step in (0, 1) for flag in ("off", "on")]
     assert values[0] == values[1] and values[2] == values[3] and len(graphs) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# effects_adapt.py: what is measured of the two, on untrained routers of a random model
+
+@pytest.fixture
+def measured_on(model):
+    """-> what effects_adapt.py needs of a run, its windows (two domains), and a way to say which routers it has"""
+    idx = torch.randint(SHAPE.vocab_size, (6, T + 1), generator=torch.Generator().manual_seed(4))
+    r = SimpleNamespace(exact=model, device=torch.device("cpu"), shape=SHAPE, domains=["code", "prose"],
+                        config=SimpleNamespace(out_dir="out"))
+    return r, (idx[:, :-1], idx[:, 1:], np.array([0, 0, 0, 1, 1, 1])), SimpleNamespace(seed=1)
+
+
+def test_the_effect_of_rewiring(measured_on, monkeypatch):
+    r, windows, config = measured_on
+    made = awake("rewire_prose", r.exact)
+    rate, shift = made.rate, made.shift.clone()
+    monkeypatch.setattr(effects_adapt, "routers_of", lambda *_: {(1.0, 1): made})
+    found = effects_adapt.rewire(r, windows, config)
+    code, prose = found["detail"]["code"], found["detail"]["prose"]
+    assert made.rate == rate and made.shift.equal(shift)  # measuring leaves the router as it was
+    assert found["effect"] == pytest.approx(-code["gain"]["own"][0], rel=1e-3) and found["sequences"] == 3
+    assert set(code["gain"]) == {"own", "other", "random", "future"}
+    assert len(set(map(tuple, code["gain"].values()))) == 4  # four controls, four results
+    assert set(code["rates"]) == {str(x) for x in (*effects_adapt.RATES, rate)} and set(prose["rates"]) == {str(rate)}
+    np.testing.assert_allclose(np.mean(code["by_chunk"]["own"]), code["gain"]["own"][0], rtol=1e-2)
+    with made.attached(r.exact), torch.no_grad():  # without delta nothing changes but the shift that meets the budget
+        own = effects_adapt.own_deltas(made, windows[0])
+        none = [torch.zeros_like(own[0])] * len(own)
+        losses, big = effects_adapt.with_deltas(r, made, *windows[:2], none)
+        made.train()
+        plain, plain_big = effects_adapt.at_budget(r, made, *windows[:2], big.mean())
+    assert own[0].abs().max() == 0 < own[-1].abs().max()
+    assert abs(plain_big.mean() - big.mean()) < 0.02
+    assert losses == pytest.approx(plain, abs=0.05)
+
+
+def test_the_effect_of_lora_mixer(measured_on, monkeypatch):
+    r, windows, config = measured_on
+    routers = {name: awake(name, r.exact, seed=i) for i, name in enumerate(("lora_mixer", "lora_single"))}
+    monkeypatch.setattr(effects_adapt, "routers_of",
+                        lambda _, name: {(1.0, 1): routers[name]} if name in routers else {})
+    found = effects_adapt.lora_mixer(r, windows, config)
+    table = found["detail"]["routers"]
+    assert set(table) == set(routers) and table["lora_single"]["minus_single"] == [0, 0, 0]
+    assert found["effect"] == pytest.approx(-table["lora_mixer"]["minus_single"][0], rel=1e-3)
+    for name, made in routers.items():
+        losses, big = effects_adapt.at_budget(r, made, *windows[:2], 1.0)
+        assert table[name]["loss"][0] == pytest.approx(losses.mean(), rel=1e-3)
+        assert big.mean() == pytest.approx(1, abs=0.05)
+    assert all(0 <= table["lora_mixer"][key] <= 1.001 for key in ("information", "load", "token"))
+    assert "information" not in table["lora_single"]
