@@ -432,6 +432,8 @@ def summary(result, names):
         effect, low, high = map(number, (line["effect"], *line["ci"]))
         lines.append(f"{line['id']}: {line['verdict']}. {line['claim']}: {effect:.4f} ({low:.4f}..{high:.4f}) "
                      f"{line['unit']}, {line['sequences']} sequences")
+    if any(row["sequences"] < FEW for name in names for row in result["searches"][name]["rows"]):
+        lines.append(f"nan..nan: no interval from fewer than {FEW} sequences; a larger --tokens has more")
     return "\n".join(lines)
 
 

@@ -608,7 +608,7 @@ def test_load(tmp_path):
 
 
 @pytest.mark.parametrize("context", ["sequential", "frozen"])
-def test_report(context, tmp_path):
+def test_report(context, tmp_path, monkeypatch):
     p, prefix = patterns_file(), f"sb_{context}_exhaustive"
     label = search_file(["any", "1", "2"], p, context=context)
     expected, split = (search_file(["1"], p, [0, 4, 5], seed, context=context) for seed in (2, 3))
@@ -660,6 +660,10 @@ def test_report(context, tmp_path):
     assert "greedy: 5.0% of the work of exhaustive, mean gap 0.1500 nats, largest 0.2000" in text
     assert f"F8 (oracle): {saved['findings'][0]['verdict']}. early positions" in text
     assert "agreement with float32: 0.99" in text and "peak memory" not in text  # None: not measured
+    assert "no interval from fewer" not in text
+    monkeypatch.setattr(claims, "FEW", 4)  # there are 3 sequences, so intervals would be nan
+    text = claims.summary(result, list(result["searches"]))
+    assert text.endswith("nan..nan: no interval from fewer than 4 sequences; a larger --tokens has more")
 
 
 def test_contexts_are_not_mixed(tmp_path):
