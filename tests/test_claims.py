@@ -660,7 +660,8 @@ def test_report(context, tmp_path, monkeypatch):
     assert "greedy: 5.0% of the work of exhaustive, mean gap 0.1500 nats, largest 0.2000" in text
     assert f"F8 (oracle): {saved['findings'][0]['verdict']}. early positions" in text
     assert "agreement with float32: 0.99" in text and "peak memory" not in text  # None: not measured
-    assert "no interval from fewer" not in text
+    monkeypatch.setattr(claims, "FEW", 1)
+    assert "no interval from fewer" not in claims.summary(result, list(result["searches"]))
     monkeypatch.setattr(claims, "FEW", 4)  # there are 3 sequences, so intervals would be nan
     text = claims.summary(result, list(result["searches"]))
     assert text.endswith("nan..nan: no interval from fewer than 4 sequences; a larger --tokens has more")
