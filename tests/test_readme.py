@@ -196,7 +196,12 @@ def ablation_numbers():
         "difference"][2]
     assert foreseen["base"]["any"]["difference"][2] < foreseen["narrow"]["any"]["difference"][1]
     at_home = {row["size"]: row["all-BIG - oracle"]["any"]["difference"] for row in cpu["scale"]}
-    assert at_home["shallow"][2] < at_home["base"][1] and at_home["base"][0] < at_home["deep"][0]
+    assert at_home["shallow"][2] < at_home["base"][1] and at_home["base"][2] < at_home["deep"][1]
+    assert at_home["narrow"][2] < at_home["base"][1]
+    assert all(row["all-BIG - oracle"]["any"]["seeds"] == [1, 2, 3] for row in cpu["scale"])
+    ahead = {row["size"]: row["all-BIG - expected-loss oracle"]["any"]["difference"] for row in cpu["scale"]}
+    assert max(part[1] for part in (ahead["shallow"], ahead["base"], ahead["deep"])) < min(
+        part[2] for part in (ahead["shallow"], ahead["base"], ahead["deep"]))  # their intervals share values
     assert {row["all-BIG - oracle"]["any"]["sequences"] for row in cpu["scale"]} == {16}
     reference = results("h100/seed1_reference/losses.json")
     return [f"costs {min(gaps)[0]:.2f} to {max(gaps)[0]:.2f} nats at each",
@@ -208,6 +213,8 @@ def ablation_numbers():
             f"(all 1,024 sequences: {np.mean(reference['losses']['big']):.3f} nats)",
             "A gain of {:.2f}, {:.2f} and {:.2f} nats at 6, 12 and 24".format(
                 *(label[size]["any"]["difference"][0] for size in ("shallow", "base", "deep"))),
+            "too, {:.2f}, {:.2f} and {:.2f} nats, and what could be foreseen stays".format(
+                *(at_home[size][0] for size in ("shallow", "base", "deep"))),
             "is {:.3f} and {:.3f} at 6 and 12 layers at any k, {:.3f} and {:.3f} at a third".format(
                 *(foreseen[size][share]["difference"][0] for share in ("any", "1/3") for size in ("shallow", "base")))]
 
