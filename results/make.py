@@ -322,14 +322,14 @@ def fig8(name):
 def stage1_changes(name):
     """Duo against the same training without skips, and with SMALL trained beside a frozen BIG; the same seeds."""
     report = json.loads((HERE / name).read_text())
-    titles = ["all-small", "a quarter BIG", "half BIG", "three quarters BIG", "all-big", "a third each",
-              "half SKIP, half BIG"]
+    titles = ["all-small", "a quarter BIG", "half BIG", "three quarters BIG", "all-big",
+              "a third each SKIP, SMALL, BIG", "half SKIP, half BIG"]
     rows = []
     for title, plain, frozen in zip(titles, report["without_skips"], report["freeze_then_small"], strict=True):
         duo, _, *without = over_seeds(plain["duo - other"])
         rows.append([title, duo, *without, *over_seeds(frozen["duo - other"])[2:]])
-    return markdown(["random routes", "Duo", "minus without skips", "over seeds", "minus freeze-then-small",
-                     "over seeds"], rows)
+    return markdown(["random routes", "Duo", "minus Duo without skips", "spread over seeds",
+                     "minus freeze-then-small", "spread over seeds"], rows)
 
 
 def scale(name):
@@ -530,7 +530,7 @@ def draw_ways():
     left.legend(frameon=False, fontsize=9)
 
     rows = [row for row in report["scale"] if row["all-BIG - oracle"]]
-    rows.sort(key=lambda row: row["parameters"])
+    rows.sort(key=lambda row: (row["n_layer"], row["n_embd"]))
     for key, colour, title, shift in (("all-BIG - oracle", "#0072b2", "the oracle gains", -0.2),
                                       ("all-BIG - expected-loss oracle", "#e69f00", "could be foreseen", 0.2)):
         there = [(i + shift, row[key]["any"]["difference"]) for i, row in enumerate(rows) if row[key]]
@@ -539,7 +539,7 @@ def draw_ways():
                   yerr=[[part[0] - part[1] for _, part in there], [part[2] - part[0] for _, part in there]], capsize=2)
     right.set_xticks(range(len(rows)), [f"{row['n_layer']} x {row['n_embd']}" + "\n(foreseen:\nnot run)" * (
         row["all-BIG - expected-loss oracle"] is None) for row in rows])
-    right.set(xlabel="layers x width", ylabel="nats over all-big", title="more layers, more to choose from")
+    right.set(xlabel="layers x width", ylabel="nats over all-big", title="the oracle's gain against size")
     right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
