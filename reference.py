@@ -11,7 +11,8 @@ command, for each of these scripts resumes. Of one seed, in order:
     train .. analyze    the base and its dense reference, oracle (3 ways on a sample), routers, zoo, F1..F12
     dense.., noskip     Fig. 8: dense models with the FLOPs of Duo at a share of BIG; Duo that never skipped
     joint_k..           router and base together against dense models (results/joint_study.py)
-    narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter; their oracles by dp
+    narrow, wide, ..    widths 256, 512 and 6, 24 layers, at fixed tokens per parameter, their oracles by dp; 6 and 24
+                        layers at equal steps, too (shallow_long, deep_short)
 
 Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
 device, commit, torch}; of each training losses.json (results/losses.py), of each oracle by dp gains_<criterion>.json:
@@ -45,8 +46,9 @@ ROOT = Path(__file__).parent
 SEEDS = (1, 2, 3)
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of BIG, where Fig. 8 compares Duo with a dense model; at 1 that is the full one
 BUDGETS = (4, 2, 6)  # of joint training
-SIZES = {"base": (1, 1), "narrow": (2 / 3, 1), "wide": (4 / 3, 1), "shallow": (1, 1 / 2), "deep": (1, 2)}
-# of the scale ablation: the preset's width and its layers times these
+SIZES = {"base": (1, 1), "narrow": (2 / 3, 1), "wide": (4 / 3, 1), "shallow": (1, 1 / 2), "deep": (1, 2),
+         "shallow_long": (1, 1 / 2), "deep_short": (1, 2)}  # of the scale ablation: the preset's width and layers times
+SAME_STEPS = ("shallow_long", "deep_short")  # as many as the base, not as many tokens per parameter: is it the depth?
 
 
 @dataclass
@@ -79,6 +81,13 @@ def n_parameters(config):
         return sum(p.numel() for p in DuoGPT(train.model_shape(config, 64)).blocks.parameters())
 
 
+def steps_of(preset, size):
+    """-> training steps: of fixed tokens per parameter, but where depth alone is to differ."""
+    base = sized(preset, "base")
+    times = 1 if size in SAME_STEPS else n_parameters(sized(preset, size)) / n_parameters(base)
+    return round(base.max_steps * times)
+
+
 def dense_width(config, share):
     """-> the inner width at which all-BIG costs the FLOPs of Duo with that share of BIG: FLOPs are linear in it."""
     shape = train.model_shape(config, 64)
@@ -99,10 +108,9 @@ def steps(preset):
     times = {size: number / parameters["base"] for size, number in parameters.items()}
 
     def shape(size):
-        """-> flags: the size, and steps at fixed tokens per parameter"""
         config = sized(preset, size)
         return {"n_embd": config.n_embd, "n_head": config.n_head, "n_layer": config.n_layer,
-                "max_steps": round(base.max_steps * times[size])}
+                "max_steps": steps_of(preset, size)}
 
     for seed in SEEDS:
         me, mine = f"seed{seed}", {"seed": seed}
@@ -128,7 +136,8 @@ def steps(preset):
         for size in SIZES:
             folder = me if size == "base" else f"{me}_{size}"
             if size != "base":
-                add(f"{me}/{size}", 1 + times[size] ** 2, "train.py", folder, **shape(size), **mine)  # steps x time
+                minutes = 1 + times[size] * steps_of(preset, size) / base.max_steps
+                add(f"{me}/{size}", minutes, "train.py", folder, **shape(size), **mine)
             for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
                 add(f"{me}/{size}_{criterion}", 0.5 + times[size], "oracle.py", folder, search="dp", context="frozen",
                     criterion=criterion, **reference)
@@ -272,7 +281,8 @@ def scale(config):
                 for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)), ("1/2", str(L // 2)))
                 } if seeds else None
         if any(row.values()):
-            found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape)} | row)
+            found.append({"size": size, "n_layer": L, "n_embd": shape.n_embd, "parameters": n_parameters(shape),
+                          "steps": steps_of(config.preset, size)} | row)
     return found
 
 
@@ -366,7 +376,7 @@ def main(argv=None):
     commands = {name: [part.replace("{out}", str(out)) for part in command] for name, _, command in chosen}
     for name, minutes, _ in chosen:
         state = f"took {done[name]['minutes']:.1f}" if name in done else f"{minutes:.0f}"
-        print(f"{name:<24}{state:>10} min   python {shlex.join(commands[name])}")
+        print(f"{name:<28}{state:>10} min   python {shlex.join(commands[name])}")
     left = [minutes for name, minutes, _ in chosen if name not in done]
     if chosen:
         print(f"{len(left)} of {len(chosen)} steps are left: about {sum(left):.0f} minutes on one H100, the gpu "

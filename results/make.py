@@ -335,17 +335,17 @@ def stage1_changes(name):
 def scale(name):
     """The oracle's gain over all-BIG, and what of it could be foreseen, against the model's size."""
     report, rows = json.loads((HERE / name).read_text()), []
-    for row in sorted(report["scale"], key=lambda row: row["parameters"]):
+    for row in sorted(report["scale"], key=lambda row: (row["parameters"], row["steps"])):
         parts = [row[f"all-BIG - {kind}"] for kind in ("oracle", "expected-loss oracle")]
         there = [part["any"] for part in parts if part]
-        rows.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f} M",
+        rows.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f} M", f"{row['steps']:,}",
                      *("; ".join(dict.fromkeys(texts)) for texts in (
                          [", ".join(map(str, part["seeds"])) for part in there],
                          [str(part["sequences"]) for part in there])),
                      over_seeds(there[-1])[0],
                      *(cell(part[share]["difference"]) if part else "not run" for part in parts
                        for share in ("any", "1/3"))])
-    return markdown(["layers x width", "parameters", "seeds", "sequences", "all-big", "oracle gains, any k",
+    return markdown(["layers x width", "parameters", "steps", "seeds", "sequences", "all-big", "oracle gains, any k",
                      "k = a third", "could be foreseen, any k", "k = a third"], rows)
 
 
@@ -529,7 +529,7 @@ def draw_ways():
     left.set(xlabel="MFLOP per token", ylabel="validation loss (nats per token)", title="what spending less costs")
     left.legend(frameon=False, fontsize=9)
 
-    rows = [row for row in report["scale"] if row["all-BIG - oracle"]]
+    rows = [row for row in report["scale"] if row["all-BIG - oracle"]]  # all at fixed tokens per parameter
     rows.sort(key=lambda row: (row["n_layer"], row["n_embd"]))
     for key, colour, title, shift in (("all-BIG - oracle", "#0072b2", "the oracle gains", -0.2),
                                       ("all-BIG - expected-loss oracle", "#e69f00", "could be foreseen", 0.2)):

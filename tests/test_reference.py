@@ -75,7 +75,7 @@ def test_the_list_is_complete():
     assert len(set(names)) == len(names)
     of_seed = [[name.split("/")[1] for name in names if name.startswith(f"seed{seed}/")] for seed in (1, 2, 3)]
     assert of_seed[0] == of_seed[1] == of_seed[2] and sum(map(len, of_seed)) == len(names)
-    sizes = ["base", "narrow", "wide", "shallow", "deep"]
+    sizes = ["base", "narrow", "wide", "shallow", "deep", "shallow_long", "deep_short"]
     assert set(of_seed[0]) == {
         "train", "reference", "oracle", "routers", "zoo", "effects", "dense", "freeze", "analyze", "dense0",
         "dense0.25", "dense0.5", "dense0.75", "noskip", "joint_k2", "joint_k4", "joint_k6", *sizes[1:],
@@ -103,17 +103,19 @@ def test_a_step_needs_only_earlier_ones_of_its_seed():
 
 
 def test_sizes():
-    """Widths 256, 384, 512 and 6, 12, 24 layers; each sees as many tokens per parameter, to half a step."""
+    """Widths 256, 384, 512 and 6, 12, 24 layers; each sees as many tokens per parameter, to half a step, or, where
+    depth alone is to differ, as many tokens as the base."""
     found = {name: reference.sized("gpu", name) for name in reference.SIZES}
     assert {name: (size.n_embd, size.n_head, size.n_layer) for name, size in found.items()} == {
         "base": (384, 6, 12), "narrow": (256, 4, 12), "wide": (512, 8, 12), "shallow": (384, 6, 6),
-        "deep": (384, 6, 24)}
+        "deep": (384, 6, 24), "shallow_long": (384, 6, 6), "deep_short": (384, 6, 24)}
     base = train.TrainConfig()
     steps = reference.steps("gpu")
     for name, _, command in steps[:len(steps) // 3]:  # of one seed
         if name.split("/")[1] in (*found, "reference") and command[0] == "train.py":
             config = parsed(command)[1]
             exact = base.max_steps * reference.n_parameters(config) / reference.n_parameters(base)
+            exact = base.max_steps if name.endswith(("_long", "_short")) else exact
             assert abs(config.max_steps - exact) <= 0.5
             assert (config.batch_size, config.block_size) == (base.batch_size, base.block_size)
 
@@ -374,7 +376,7 @@ def test_the_small_files_are_enough(study, tmp_path):
         for name, value in (("SEEDS", (1, 2)), ("SIZES", {"base": (1, 1), "wide": (1, 1 / 2)}), ("BUDGETS", ()),
                             ("SHARES", (0.0, 0.5))):
             patch.setattr(reference, name, value)
-        tiny = {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 300}
+        tiny = {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 300, "max_steps": 6}
         patch.setitem(train.PRESETS, "debug", tiny)
         reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug"))
         assert json.loads((tmp_path / "ablations.json").read_text()) == found
