@@ -539,7 +539,8 @@ def draw_ways():
                   yerr=[[part[0] - part[1] for _, part in there], [part[2] - part[0] for _, part in there]], capsize=2)
     right.set_xticks(range(len(rows)), [f"{row['n_layer']} x {row['n_embd']}" + "\n(foreseen:\nnot run)" * (
         row["all-BIG - expected-loss oracle"] is None) for row in rows])
-    right.set(xlabel="layers x width, at fixed tokens per parameter", ylabel="nats over all-big", title="the oracle's gain against size")
+    right.set(xlabel="layers x width, at fixed tokens per parameter", ylabel="nats over all-big",
+              title="the oracle's gain against size")
     right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
