@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import claims
+import diagnosis
 import gates
 import router
 from common import UserError, generator
@@ -133,10 +134,9 @@ def rewire(r, windows, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA-Mixer
 
-def entropy(p):
+def evenness(p):
     """p [.., n], of any sum -> the entropy of p / sum, over the largest there is: 0..1"""
-    p = p / p.sum(-1, keepdims=True)
-    return -(p * np.log(np.maximum(p, 1e-30))).sum(-1) / np.log(p.shape[-1])
+    return diagnosis.entropy(p / p.sum(-1, keepdims=True)) / np.log(p.shape[-1])
 
 
 @torch.no_grad()
@@ -155,9 +155,8 @@ def specialization(r, made, idx, domain):
     joint /= joint.sum((1, 2), keepdims=True)
     apart = joint.sum(2, keepdims=True) * joint.sum(1, keepdims=True)
     information = (joint * np.log(np.maximum(joint, 1e-30) / np.maximum(apart, 1e-30))).sum((1, 2))
-    share = joint.sum(2)
-    information /= np.maximum(-(share * np.log(share)).sum(1), 1e-30)
-    return {"information": information.mean(), "load": entropy(joint.sum(1)).mean(), "token": entropy(p).mean()}
+    information /= np.maximum(diagnosis.entropy(joint.sum(2)), 1e-30)
+    return {"information": information.mean(), "load": evenness(joint.sum(1)).mean(), "token": evenness(p).mean()}
 
 
 def lora_mixer(r, windows, config):

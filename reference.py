@@ -22,7 +22,6 @@ zoo.json, each claim with its effect on every base seed; joint/*_joint_*.json; a
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
 nothing else on it, from runs that shared one (results/h100/log.json); those of the zoo and the routers are guesses.
 """
-import hashlib
 import json
 import shlex
 import signal
@@ -40,7 +39,7 @@ import claims
 import train
 from common import UserError, arg, commit, find_device, open_out_dir, parse_config, run, write_atomic
 from model import DuoGPT
-from results import joint_study
+from results import joint_study, losses
 
 ROOT = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -81,11 +80,14 @@ def n_parameters(config):
         return sum(p.numel() for p in DuoGPT(train.model_shape(config, 64)).blocks.parameters())
 
 
+def times_base(preset, size):
+    """-> how often a size has the parameters of the preset's own"""
+    return n_parameters(sized(preset, size)) / n_parameters(sized(preset, "base"))
+
+
 def steps_of(preset, size):
     """-> training steps: of fixed tokens per parameter, but where depth alone is to differ."""
-    base = sized(preset, "base")
-    times = 1 if size in SAME_STEPS else n_parameters(sized(preset, size)) / n_parameters(base)
-    return round(base.max_steps * times)
+    return round(sized(preset, "base").max_steps * (1 if size in SAME_STEPS else times_base(preset, size)))
 
 
 def dense_width(config, share):
@@ -104,8 +106,7 @@ def steps(preset):
                                       *["--resume"] * (script == "train.py")]))
 
     few = {"steps": 300} if preset == "gpu" else {}  # as RESULTS.md's tables; its 1,500 would take hours a seed
-    parameters = {size: n_parameters(sized(preset, size)) for size in SIZES}
-    times = {size: number / parameters["base"] for size, number in parameters.items()}
+    times = {size: times_base(preset, size) for size in SIZES}
 
     def shape(size):
         config = sized(preset, size)
@@ -197,19 +198,21 @@ def finished_seeds(config, *files):
 def of_one_text(config, seeds, file, base):
     """-> the content of `file` of each seed's run. Raises UserError where one is about other text than `base` of the
     first seed: all are paired with that one, sequence by sequence."""
-    first, found = Path(config.out_dir) / f"seed{seeds[0]}{base}" if seeds else None, []
-    for seed in seeds:
-        path = Path(config.out_dir) / f"seed{seed}{file}"
-        found.append(json.loads(path.read_text()))
-        if found[-1]["windows"] != json.loads(first.read_text())["windows"]:
+    paths = [Path(config.out_dir) / f"seed{seed}{file}" for seed in seeds]
+    found = [json.loads(path.read_text()) for path in paths]
+    if seeds:
+        first = Path(config.out_dir) / f"seed{seeds[0]}{base}"
+        windows = json.loads(first.read_text())["windows"]
+    for path, content in zip(paths, found, strict=True):
+        if content["windows"] != windows:
             raise UserError(f"{path}: is about other text than {first}; make both on one corpus, or move it away")
     return found
 
 
 def losses_of(config, seeds, ending=""):
     """-> for each seed {routes: losses per sequence [S]}, of its run whose folder ends so (results/losses.py)"""
-    return [{routes: np.array(values) for routes, values in run["losses"].items()}
-            for run in of_one_text(config, seeds, f"{ending}/losses.json", "/losses.json")]
+    return [{routes: np.array(values) for routes, values in content["losses"].items()}
+            for content in of_one_text(config, seeds, f"{ending}/losses.json", "/losses.json")]
 
 
 def over_seeds(seeds, first, second):
@@ -253,10 +256,10 @@ def keep_gains(path):
     with np.load(path) as file:
         L, labels, notes = file["routes"].shape[-1], file["labels"].tolist(), json.loads(str(file["notes"]))
         rows = {key: labels.index(key) for key in ("any", *map(str, (L // 6, L // 3, L // 2, L)))}
-        losses = {key: file["losses"][row].mean(-1, dtype=np.float64).round(7).tolist() for key, row in rows.items()}
-        kept = {"losses": losses, "domain": file["domain"].tolist(), "n_layer": L,
+        kept = {"losses": {key: file["losses"][row].mean(-1, dtype=np.float64).round(7).tolist()
+                           for key, row in rows.items()}, "domain": file["domain"].tolist(), "n_layer": L,
                 "n_embd": json.loads((run / "config.json").read_text())["n_embd"],
-                "windows": hashlib.sha256(file["idx"].astype(np.int64).tobytes()).hexdigest()[:16],
+                "windows": losses.text_hash(file["idx"]),
                 "checkpoint": str(file["checkpoint"])} | {key: notes[key] for key in ("command", "device", "torch")}
         write_atomic(run / f"gains_{file['criterion']}.json", json.dumps(kept).encode())
 
@@ -275,7 +278,7 @@ def scale(config):
                 if (kept["n_layer"], kept["n_embd"]) != (L, shape.n_embd):
                     raise UserError(f"{config.out_dir}/seed*{file}: of {kept['n_layer']} layers of width "
                                     f"{kept['n_embd']}, not the {config.preset} preset's; give --preset")
-                runs.append({budget: np.array(losses) for budget, losses in kept["losses"].items()})
+                runs.append({budget: np.array(values) for budget, values in kept["losses"].items()})
             row[f"all-BIG - {name}"] = {
                 share: over_seeds(seeds, [each[str(L)] for each in runs], [each[k] for each in runs])
                 for share, k in (("any", "any"), ("1/6", str(L // 6)), ("1/3", str(L // 3)), ("1/2", str(L // 2)))

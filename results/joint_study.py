@@ -134,17 +134,13 @@ def main(argv=None):
     write(config.k, preset, out, (study_of_any if config.k == "any" else study)(config, preset, out))
 
 
-def shown(part):
-    return "{:.4f} ({:.4f} to {:.4f})".format(*part)
-
-
 def write(k, preset, out, result):
     if result is not None:
         for seed in result.get("seeds", ()):
             print(f"seed {seed['seed']}: " + ", ".join(f"{name} {part[0]:.4f}" for name, part in
                                                        seed["loss"]["all"].items()))
         for name, part in result.get("mean_over_seeds", {}).get("all", {}).items():
-            print(f"mean over seeds, {name}: {shown(part)}")
+            print(f"mean over seeds, {name}: " + "{:.4f} ({:.4f} to {:.4f})".format(*part))
         name = "any" if k == "any" else f"k{k}"
         result = {"command": f"python results/joint_study.py {preset} {k}", "preset": preset} | result
         write_atomic(out / f"{preset}_joint_{name}.json", json.dumps(result, indent=1).encode())

@@ -34,6 +34,11 @@ def parser():
     return flags
 
 
+def text_hash(idx):
+    """-> a hash of token windows [S, T], array or tensor: runs with the same one can be paired"""
+    return hashlib.sha256(np.asarray(idx, dtype=np.int64).tobytes()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def measure(out_dir, device):
     """-> the content of losses.json, on the windows that router.py plans with. Raises UserError."""
@@ -46,7 +51,7 @@ def measure(out_dir, device):
     x, y, domain = r.windows(min(TOKENS[trained["preset"]], r.holds()))
     T, L = r.shape.block_size, r.shape.n_layer
     found = {"seed": trained["seed"], "train_route": trained["train_route"], "fingerprint": saved["fingerprint"],
-             "windows": hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16], "domain": domain.tolist(),
+             "windows": text_hash(x), "domain": domain.tolist(),
              "domains": r.domains, "losses": {}, "flops": {}, "torch": torch.__version__, "commit": commit(),
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     if trained["train_route"] == "router":

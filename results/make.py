@@ -529,7 +529,8 @@ def draw_ways():
     left.set(xlabel="MFLOP per token", ylabel="validation loss (nats per token)", title="what spending less costs")
     left.legend(frameon=False, fontsize=9)
 
-    rows = [row for row in report["scale"] if row["all-BIG - oracle"]]  # all at fixed tokens per parameter
+    sizes = ("base", "narrow", "wide", "shallow", "deep")  # at fixed tokens per parameter
+    rows = [row for row in report["scale"] if row["all-BIG - oracle"] and row["size"] in sizes]
     rows.sort(key=lambda row: (row["n_layer"], row["n_embd"]))
     for key, colour, title, shift in (("all-BIG - oracle", "#0072b2", "the oracle gains", -0.2),
                                       ("all-BIG - expected-loss oracle", "#e69f00", "could be foreseen", 0.2)):

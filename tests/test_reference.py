@@ -283,21 +283,23 @@ def in_process(command, log):
     return code, False
 
 
+STUDY = {"SEEDS": (1, 2), "SIZES": {"base": (1, 1), "wide": (1, 1 / 2)}, "BUDGETS": (), "SHARES": (0.0, 0.5)}
+TINY = {"vocab_size": 300, "n_layer": 6, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "max_steps": 6,
+        "warmup_steps": 1, "eval_sequences": 4}
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A study of two seeds and two sizes ("wide" has half the layers here), by the real scripts, without routers
     -> its out_dir, what the last call printed, ablations.json"""
     here = tmp_path_factory.mktemp("reference")
     write_texts(here / "texts", n=60)
-    tiny = {"corpus": str(here / "texts"), "data_dir": str(here / "data"), "vocab_size": 300, "n_layer": 6, "n_head": 2,
-            "n_embd": 16, "block_size": 8, "batch_size": 4, "max_steps": 6, "warmup_steps": 1, "eval_sequences": 4}
     wanted = re.compile("(train|reference|dense.*|noskip|(base|wide).*)$")
     plan = reference.steps
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setitem(train.PRESETS, "debug", tiny)
-        for name, value in (("SEEDS", (1, 2)), ("SIZES", {"base": (1, 1), "wide": (1, 1 / 2)}), ("BUDGETS", ()),
-                            ("SHARES", (0.0, 0.5)), ("execute", in_process)):
+        patch.setitem(train.PRESETS, "debug", TINY | {"corpus": str(here / "texts"), "data_dir": str(here / "data")})
+        for name, value in (STUDY | {"execute": in_process}).items():
             patch.setattr(reference, name, value)
         patch.setitem(oracle.PLANS, "debug", ([], [oracle.Job(32)], 0))
         patch.setattr(oracle.OracleConfig.__dataclass_fields__["data_dir"], "default", str(here / "data"))
@@ -373,11 +375,9 @@ def test_the_small_files_are_enough(study, tmp_path):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SEEDS", (1, 2)), ("SIZES", {"base": (1, 1), "wide": (1, 1 / 2)}), ("BUDGETS", ()),
-                            ("SHARES", (0.0, 0.5))):
+        for name, value in STUDY.items():
             patch.setattr(reference, name, value)
-        tiny = {"n_layer": 6, "n_head": 2, "n_embd": 16, "vocab_size": 300, "max_steps": 6}
-        patch.setitem(train.PRESETS, "debug", tiny)
+        patch.setitem(train.PRESETS, "debug", TINY)
         reference.collect(reference.ReferenceConfig(out_dir=str(tmp_path), preset="debug"))
         assert json.loads((tmp_path / "ablations.json").read_text()) == found
         with pytest.raises(UserError, match="gains_label.json: of 6 layers of width 16, not the cpu preset's"):
