@@ -3,6 +3,7 @@
     python reference.py --list             the steps, their expected minutes and commands; nothing is run
     python reference.py                    all of them, in order; what is finished is skipped, what was cut goes on
     python reference.py --only=seed2       those whose name begins so: on several GPUs, or machines, one seed each
+    python reference.py --only=seed1/deep  that step alone, where it is the whole name of one
     python reference.py --only=collect     only the study's own files, from the steps that are finished
 
 It is a plain list of this project's own commands. A step may need earlier ones of its seed, none of another seed, so
@@ -56,7 +57,7 @@ class ReferenceConfig:
     device: str = arg("auto", "auto, cpu, cuda or cuda:N; handed on to each step")
     seed: int = arg(1, "seeds the routes that the ablations are evaluated on; the base seeds are 1, 2 and 3")
     preset: str = arg("gpu", "gpu, or another to try the study at its size")
-    only: str = arg("", "the steps whose name begins so")
+    only: str = arg("", "the step of that name, else all whose name begins so")
     list: bool = arg(False, "print the steps and their minutes, run nothing")
 
 
@@ -105,7 +106,9 @@ def steps(preset):
         found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
                                       *["--resume"] * (script == "train.py")]))
 
-    few = {"steps": 300} if preset == "gpu" else {}  # as RESULTS.md's tables; its 1,500 would take hours a seed
+    # The scripts' own plans would take hours a seed. Fewer tokens of the oracle are a part of the routers'.
+    gpu = preset == "gpu"
+    few, of_oracle, of_routers = ({"steps": 300}, {"tokens": 16384}, {"tokens": 32768}) if gpu else ({}, {}, {})
     times = {size: times_base(preset, size) for size in SIZES}
 
     def shape(size):
@@ -119,10 +122,10 @@ def steps(preset):
         add(f"{me}/train", 2, "train.py", me, **mine)
         # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
         add(f"{me}/reference", 3, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
-        add(f"{me}/oracle", 10, "oracle.py", me, **reference)
-        add(f"{me}/routers", 10, "router.py", me, **mine, **few)
-        add(f"{me}/zoo", 40, "router.py", me, name="all", budget="2,4,6,8", **mine, **few)
-        add(f"{me}/effects", 3, "effects.py", me)
+        add(f"{me}/oracle", 5, "oracle.py", me, **reference, **of_oracle)
+        add(f"{me}/routers", 10, "router.py", me, **mine, **few, **of_routers)
+        add(f"{me}/zoo", 10, "router.py", me, name="all", budget="4", **mine, **few, **of_routers)
+        add(f"{me}/effects", 3, "effects.py", me, **of_routers)
         add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
         add(f"{me}/freeze", 2, "train.py", f"{me}_freeze", train_route="big_then_small", **mine)
         add(f"{me}/analyze", 2, "analyze.py", me, dense=f"{{out}}/{me}_dense", freeze=f"{{out}}/{me}_freeze")
@@ -141,7 +144,7 @@ def steps(preset):
                 add(f"{me}/{size}", minutes, "train.py", folder, **shape(size), **mine)
             for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
                 add(f"{me}/{size}_{criterion}", 0.5 + times[size], "oracle.py", folder, search="dp", context="frozen",
-                    criterion=criterion, **reference)
+                    criterion=criterion, **reference, **of_oracle)
     return found
 
 
@@ -372,7 +375,8 @@ def main(argv=None):
     config = parse_config(ReferenceConfig, argv, PRESETS)
     out, planned, here = Path(config.out_dir), steps(config.preset), about(config)
     done = finished(out, planned)
-    chosen = [step for step in planned if step[0].startswith(config.only)]
+    chosen = ([step for step in planned if step[0] == config.only] or
+              [step for step in planned if step[0].startswith(config.only)])
     collecting = "collect".startswith(config.only)
     if not chosen and not collecting:
         raise UserError(f"--only={config.only}: no step begins so; see `python reference.py --list`")
