@@ -153,6 +153,8 @@ def read(config):
     label = search_file(files, "sb", "label", *ks) or search_file(files, "sb", "label")
     context = str(label["context"]) if label else "sequential"
     baseline = patterns[context] or next((arrays for arrays in patterns.values() if arrays), {})
+    controls = report.get("controls", {}).get(context, [])
+    whole = "all" if len({row["domain"] for row in controls}) > 1 else None  # one domain is the whole by itself
     windows = most or max([*files.values(), {"idx": np.zeros(0)}], key=lambda arrays: arrays["idx"].size)
     start = next((line for line in metrics if line["kind"] == "start"), {"config": {}})
     trained = rest.get("train_config") or start["config"]
@@ -164,7 +166,7 @@ def read(config):
                                      if str(arrays["context"]) == context}, "sb", "expected"),
             "patterns_context": next((name for name in patterns if patterns[name] is baseline), ""),
             "quality": report.get("quality", []), "controls_context": context,
-            "controls": report.get("controls", {}).get(context, []), "comparisons": {}, "times": {},
+            "controls": [row for row in controls if whole in (None, row["domain"])], "comparisons": {}, "times": {},
             "zoo": {line["system"]: line for line in read_json(folder / "zoo.json", "python effects.py")
                     if line["checkpoint"] == checkpoint},
             "windows": {key: windows[key] for key in ("idx", "targets", "domain", "domains")} if "domain" in windows

@@ -4,8 +4,8 @@ matplotlib figure and a caption that says what to see, or raises Missing with th
 Material (a dict, made by analyze.read): metrics, the lines of metrics.jsonl; windows {idx, targets [S, T], domain [S],
 domains}; label, expected, skip, ramps: arrays of oracle.py's files ({} where there is none); patterns, its baselines,
 and curves; routers {file stem: arrays}; base {policy: (losses per sequence [n, L + 1], which n windows)}; quality,
-controls: rows of oracle.json; times: of analyze.time_policies; comparisons: of analyze.compare; words [V]; zoo: of
-zoo_figures.py.
+controls: rows of oracle.json, on the whole text; times: of analyze.time_policies; comparisons: of analyze.compare;
+words [V]; zoo: of zoo_figures.py.
 
 Losses are in nats per token, bands and bars are 95% bootstrap intervals over sequences. Text and axes are drawn in INK,
 which the report replaces by the colour of its text, so that figures follow light and dark.
@@ -591,11 +591,10 @@ def pareto(run):
 
 
 def split(run):
-    rows = [row for row in run["controls"] if row["domain"] == "all" or len(run["windows"]["domains"]) == 1]
-    need(rows, "no expected-loss oracle, so the gain cannot be split", run["commands"]["reference"])
+    rows = need(run["controls"], "no expected-loss oracle, so the gain cannot be split", run["commands"]["reference"])
     figure, axes = grid_of(1, 1, height=4, width=8)
     axis, ks = axes[0, 0], np.array([row["k"] for row in rows])
-    foresight, hindsight = (np.array([row[key] for row in rows]) for key in ("foresight", "hindsight"))  # [K, 3]
+    foresight, hindsight = (np.array([row[key] for row in rows], float) for key in ("foresight", "hindsight"))  # [K, 3]
     axis.bar(ks, foresight[:, 0], 0.7, color=COLOUR["expected-loss oracle"], label="foresight: could be foreseen")
     axis.bar(ks, hindsight[:, 0], 0.7, foresight[:, 0].clip(0), color=COLOUR["oracle"], alpha=0.6,
              label="hindsight: needs the label")
@@ -617,13 +616,15 @@ def split(run):
     axis.set(xlabel="k (BIG layers per token)", ylabel="gain over the best fixed pattern (nats)", xticks=ks)
     axis.grid(axis="y")
     legend_below(figure, axis, 2)
-    best = rows[int(np.argmax([row["gain"][0] for row in rows]))]
+    at = int(np.argmax([row["gain"][0] for row in rows]))
+    best, sure = rows[at], bool(np.isfinite(foresight[at]).all())  # few sequences have no interval
     return figure, ("The oracle's gain over the best fixed pattern of the same k, split in two. Grey: what the "
                     "expected-loss oracle, which does not know the label, already gets (a lower bound of what a "
                     "causal router "
-                    "could have). Orange: what only the label tells. At k={} it gains {:.3f} nats, of which {:.3f} "
-                    "({:.3f} to {:.3f}) are foresight. ".format(best["k"], best["gain"][0], *best["foresight"])
-                    + f"{best['sequences']} sequences, {run['controls_context']} context; routers against fixed "
+                    f"could have). Orange: what only the label tells. At k={best['k']} it gains {best['gain'][0]:.3f} "
+                    f"nats, of which {foresight[at, 0]:.3f} "
+                    + "({:.3f} to {:.3f}) ".format(*foresight[at, 1:]) * sure + "are foresight. "
+                    f"{best['sequences']} sequences, {run['controls_context']} context; routers against fixed "
                     "patterns of the sequential context. Not in the paper.")
 
 

@@ -171,8 +171,7 @@ def split(run):
     figure, _ = figures.split(run | {"routers": {}, "controls": controls})
     axis = cut(figure, figure.axes[0], ylabel="gain over the best\nfixed pattern (nats)")
     key(axis, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    row = max((row for row in controls if row["domain"] == "all" or len(run["windows"]["domains"]) == 1),
-              key=lambda row: row["gain"][0])
+    row = max(controls, key=lambda row: row["gain"][0])
     foreseen = (f"at least {nats(row['foresight'][0])} of it could be foreseen"
                 if claims.number(row["foresight"][1]) > 0 else "none of it could be foreseen for sure")
     return figure, (f"At k={row['k']} the oracle gains {nats(row['gain'][0])}: {foreseen}, at most "

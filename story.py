@@ -22,7 +22,9 @@ def router_gains(run):
 
 
 def shown(part):
-    return "{:.3f} ({:.3f} to {:.3f}) nats".format(*(claims.number(value) for value in part))
+    value, *ends = (claims.number(value) for value in part)
+    return (f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f}) nats" if np.isfinite(ends).all() else
+            f"{value:.3f} nats (too few sequences for an interval)")
 
 
 def side(part, other):
@@ -36,9 +38,8 @@ def side(part, other):
 
 def oracle(run, findings):
     """Two sentences: the oracle's gain, and what it is made of."""
-    split = [row for row in run["controls"] if row["domain"] == "all"]
-    if split:
-        row = max(split, key=lambda row: row["gain"][0])
+    if run["controls"]:
+        row = max(run["controls"], key=lambda row: row["gain"][0])
         sure = claims.number(row["foresight"][1]) > 0
         foreseen = (f"At least {shown(row['foresight'])} of that could be foreseen" if sure else
                     f"None of that could be foreseen for sure (foresight {shown(row['foresight'])})")
@@ -57,7 +58,7 @@ def router(run):
         return (f"Routers and fixed patterns of their context were not both measured (`{run['commands']['oracle']}`, "
                 f"then `{run['commands']['router']}`).")
     name, k, part = max(gains, key=lambda each: each[2][0])
-    foreseen = next((row["foresight"][0] for row in run["controls"] if (row["domain"], row["k"]) == ("all", k)), 0)
+    foreseen = next((row["foresight"][0] for row in run["controls"] if row["k"] == k), 0)
     same = run["controls_context"] == "sequential"  # as routers are run: else the two cannot be divided
     share = (f", {part[0] / foreseen:.0%} of what could be foreseen there" if same and min(part[0], foreseen) > 0
              else "")

@@ -27,6 +27,7 @@ import claims
 import figures
 import oracle
 import router
+import story
 import train
 import zoo_figures
 from common import load_run, parse_config
@@ -227,6 +228,11 @@ def test_split_selection_and_searches(made, toy):
     assert heights == pytest.approx([row[key][0] for key in ("foresight", "hindsight") for row in rows])
     best = max(rows, key=lambda row: row["gain"][0])
     assert f"At k={best['k']} it gains {best['gain'][0]:.3f} nats, of which {best['foresight'][0]:.3f}" in caption
+    few = [row | {key: [row[key][0], None, None] for key in ("gain", "foresight", "hindsight")} for row in rows]
+    _, _, caption = drawn(made | {"controls": few}, "split")  # of too few sequences for an interval
+    assert f"nats, of which {best['foresight'][0]:.3f} are foresight" in caption
+    told = story.oracle(made | {"controls": few}, [])
+    assert "nan" not in "".join(told) and f"gains {best['gain'][0]:.3f} nats (too few sequences" in told[0]
     patterns = arrays(toy / "run" / "oracle" / "patterns_frozen.npz")
     _, (axis,), _ = drawn(made, "selection")
     x, y = curves(axis)["k=4"]
