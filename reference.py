@@ -18,7 +18,8 @@ command, for each of these scripts resumes. Of one seed, in order:
 Files under --out_dir: steps/<step>.log, its output; steps/<step>.json, where it is finished: {command, preset, minutes,
 device, commit, torch}; of each training losses.json (results/losses.py), of each oracle by dp gains_<criterion>.json:
 all that comparisons need. Made at the end from what the runs left, of the base seeds that have it: findings.json and
-zoo.json, each claim with its effect on every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
+zoo.json, each claim with its effect on every base seed; oracle.json and routers.json, gains over fixed patterns on
+every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
 (paper, Fig. 8), without skips and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
 nothing else on it, from runs that shared one (results/h100/log.json); those of the zoo and the routers are guesses.
@@ -327,6 +328,39 @@ def findings(config, name, keys=("id", "router")):
     return found
 
 
+def over_bases(config, name, rows_of, keys, values):
+    """rows_of(content, seed): the rows that count of that base seed's file of that name -> one for each `keys`. Of each
+    of `values`, (estimate, low, high) in a row: those of the seeds, their mean, and the widest range that the seeds'
+    intervals span."""
+    groups = {}
+    for seed in finished_seeds(config, f"/{name}"):
+        content = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
+        for row in rows_of(content, seed):
+            groups.setdefault(tuple(row[key] for key in keys), []).append((seed, row))
+    found = []
+    for key, group in groups.items():
+        line = dict(zip(keys, key, strict=True)) | {"base_seeds": [seed for seed, _ in group],
+                                                    "sequences": [row["sequences"] for _, row in group]}
+        for value in values:
+            parts = [[claims.number(end) for end in row[value]] for _, row in group if row.get(value)]
+            if parts:
+                line[value] = {"mean": statistics.mean(part[0] for part in parts), "of_seeds": parts,
+                               "range": [min(part[1] for part in parts), max(part[2] for part in parts)]}
+        found.append(line)
+    return found
+
+
+def oracle_rows(content, _):
+    """Of an oracle.json, at each k: what the oracle gains over the best fixed pattern, and what that is made of."""
+    return [row for row in content["controls"].get("sequential", []) if row["domain"] == "all"]
+
+
+def router_rows(content, seed):
+    """Of a routers.json, routers of the study's own seed: their loss minus baselines of equal spending."""
+    return [row | row["versus"] for row in content
+            if (row["domain"], row["choices"], row["seed"]) == ("all", "sb", seed)]
+
+
 def collect(config):
     """Write what the finished runs are enough for, from the files that they leave; what there is of some seeds only
     says of which. Runs may have been made on several machines: of each its findings.json, zoo.json, losses.json or
@@ -345,6 +379,10 @@ def collect(config):
 
     write(out / "findings.json", findings(config, "findings.json"), "findings.json (python analyze.py)")
     write(out / "zoo.json", findings(config, "zoo.json", ("system",)), "zoo.json (python effects.py)")
+    write(out / "oracle.json", over_bases(config, "oracle.json", oracle_rows, ("k",), (
+        "gain", "foresight", "hindsight", "learnable")), "controls in oracle.json (python oracle.py --reference=...)")
+    write(out / "routers.json", over_bases(config, "routers.json", router_rows, ("name", "budget"), (
+        "fixed", "best100_data_set", "all_big", "recovered")), "routers.json (python router.py)")
     for k in BUDGETS:
         try:
             joint_study.collect(k, config.preset, out / "joint")
