@@ -80,7 +80,8 @@ class OracleConfig:
     context: str = arg("", "of that search: sequential (if not given) or frozen")
     budgets: str = arg("", "of that search: all (if not given), any, 4, /6, 4/3, 6-2; comma separated")
     criterion: str = arg("", "of that search: label (if not given), expected or split")
-    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned")
+    tokens: int = arg(0, "validation tokens per domain, rounded up to whole sequences; 0: as planned. Of a plan: "
+                      "of its longest searches, and of the others as much less as planned")
     domain: str = arg("all", "all, or one of the corpus")
     reference: str = arg("", "a run trained apart (train.py --train_route=big) that gives p_ref for the controls")
     width: int = arg(8, "dp: partial routes kept per cell")
@@ -645,7 +646,9 @@ def main(argv=None):
     L, T = r.shape.n_layer, r.shape.block_size
     baselines, jobs, quality_tokens = ([], [job], 0) if job else PLANS[config.preset]
     if not job:  # the plan takes what there is; a --tokens that does not fit is refused by r.windows
-        jobs = [dataclasses.replace(j, tokens=config.tokens or min(j.tokens, r.holds())) for j in jobs
+        longest = max((j.tokens for j in jobs), default=0)  # who sees a part of its text, keeps to that part
+        jobs = [dataclasses.replace(j, tokens=math.ceil(config.tokens * j.tokens / longest) or min(j.tokens, r.holds()))
+                for j in jobs
                 if (j.criterion == "label" or r.reference) and (j.search != "exhaustive" or L <= 14)]
         baselines = [(context, config.tokens or min(tokens, r.holds()), train_tokens)
                      for context, tokens, train_tokens in baselines if L <= 14]

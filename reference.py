@@ -328,10 +328,10 @@ def findings(config, name, keys=("id", "router")):
     return found
 
 
-def over_bases(config, name, rows_of, keys, values):
+def over_bases(config, name, rows_of, keys, values, averaged=()):
     """rows_of(content, seed): the rows that count of that base seed's file of that name -> one for each `keys`. Of each
     of `values`, (estimate, low, high) in a row: those of the seeds, their mean, and the widest range that the seeds'
-    intervals span."""
+    intervals span; of `averaged`, a number in a row, the mean."""
     groups = {}
     for seed in finished_seeds(config, f"/{name}"):
         content = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
@@ -341,6 +341,7 @@ def over_bases(config, name, rows_of, keys, values):
     for key, group in groups.items():
         line = dict(zip(keys, key, strict=True)) | {"base_seeds": [seed for seed, _ in group],
                                                     "sequences": [row["sequences"] for _, row in group]}
+        line |= {value: statistics.mean(row[value] for _, row in group) for value in averaged}
         for value in values:
             parts = [[claims.number(end) for end in row[value]] for _, row in group if row.get(value)]
             if parts:
@@ -357,7 +358,7 @@ def oracle_rows(content, _):
 
 def router_rows(content, seed):
     """Of a routers.json, routers of the study's own seed: their loss minus baselines of equal spending."""
-    return [row | row["versus"] for row in content
+    return [row | row["versus"] for row in content  # not the losses of these baselines, which a row has, too
             if (row["domain"], row["choices"], row["seed"]) == ("all", "sb", seed)]
 
 
@@ -379,10 +380,11 @@ def collect(config):
 
     write(out / "findings.json", findings(config, "findings.json"), "findings.json (python analyze.py)")
     write(out / "zoo.json", findings(config, "zoo.json", ("system",)), "zoo.json (python effects.py)")
-    write(out / "oracle.json", over_bases(config, "oracle.json", oracle_rows, ("k",), (
-        "gain", "foresight", "hindsight", "learnable")), "controls in oracle.json (python oracle.py --reference=...)")
-    write(out / "routers.json", over_bases(config, "routers.json", router_rows, ("name", "budget"), (
-        "fixed", "best100_data_set", "all_big", "recovered")), "routers.json (python router.py)")
+    gains = over_bases(config, "oracle.json", oracle_rows, ("k",), ("gain", "foresight", "hindsight", "learnable"))
+    write(out / "oracle.json", gains, "controls in oracle.json (python oracle.py --reference=...)")
+    routed = over_bases(config, "routers.json", router_rows, ("name", "budget"), (
+        "fixed", "best100_data_set", "all_big", "recovered"), ("achieved", "flops", "router_flops"))
+    write(out / "routers.json", routed, "routers.json (python router.py)")
     for k in BUDGETS:
         try:
             joint_study.collect(k, config.preset, out / "joint")

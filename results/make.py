@@ -225,6 +225,39 @@ def zoo(domain):
                      "recovered, k = 4, both domains"], rows)
 
 
+def of_bases(part, digits=3):
+    """A value of the study's oracle.json or routers.json -> its mean over base seeds, the range of their intervals"""
+    return cell((part["mean"], *part["range"]), digits)
+
+
+def study(name):
+    return json.loads((HERE / "h100" / f"{name}.json").read_text())
+
+
+def oracle_bases():
+    """The oracle's gain over the best fixed pattern on every base seed, and what it is made of."""
+    return markdown(["k", "oracle gains", "= foresight", "+ hindsight", "split-label oracle gains"],
+                    [[row["k"], *(of_bases(row[key]) for key in ("gain", "foresight", "hindsight", "learnable"))]
+                     for row in study("oracle")])
+
+
+def routers_bases():
+    """The paper's routers on every base seed, one router each, by budget."""
+    rows = sorted((row for row in study("routers") if row["name"] in PAPER_ROUTERS),
+                  key=lambda row: (row["budget"], row["fixed"]["mean"]))
+    return markdown(["router", "k", "base seeds", "minus best fixed", "minus best of 100", "minus all-big"],
+                    [[row["name"], f"{row['budget']:g}", len(row["base_seeds"]),
+                      *(of_bases(row[key], 4) for key in ("fixed", "best100_data_set", "all_big"))] for row in rows])
+
+
+def zoo_bases():
+    """All systems at k = 4 on every base seed, one router each: their loss minus the best fixed pattern's."""
+    rows = sorted((row for row in study("routers") if row["budget"] == 4), key=lambda row: row["fixed"]["mean"])
+    return markdown(["system", "base seeds", "minus best fixed", "of each seed"],
+                    [[row["name"], len(row["base_seeds"]), of_bases(row["fixed"], 4),
+                      "; ".join(f"{part[0]:.4f}" for part in row["fixed"]["of_seeds"])] for row in rows])
+
+
 def zoo_times():
     """What deciding costs in time: FLOPs and time that each system saves against all-big, on a laptop, k = 4."""
     report = json.loads((HERE / "cpu_router_times.json").read_text())
@@ -239,7 +272,7 @@ def zoo_times():
 def zoo_times_h100():
     """FLOPs and time that systems save against all-big on an H100, k = 4."""
     all_big = measured("seed1_dense")["flops"]["big"]
-    rows = [row for row in json.loads((HERE / "h100" / "seed1" / "router_table.json").read_text())
+    rows = [row for row in json.loads((HERE / "h100_router_table.json").read_text())
             if row["domain"] == "all" and row["time_saved"] is not None]
     return markdown(["system", "BIG", "MFLOP to decide", "FLOPs saved", "time saved"],
                     [[row["name"], f"{row['achieved']:.2f}", f"{row['router_flops'] / 1e6:.2f}",
@@ -426,7 +459,7 @@ TABLES = {"stage1-h100": lambda: stage1("h100_stage1.jsonl"), "stage1-cpu": lamb
           "inference-profile": inference_profile, "oracle-h100": oracle, "controls-h100": controls,
           "findings": findings, "routers-h100": routers, "routers-cpu": routers_cpu, "foresight-h100": foresight,
           "zoo-h100-code": lambda: zoo("code"), "zoo-h100-prose": lambda: zoo("prose"), "zoo-times-cpu": zoo_times,
-          "effects": effects,
+          "oracle-bases": oracle_bases, "routers-bases": routers_bases, "zoo-bases": zoo_bases, "effects": effects,
           "joint-cpu": lambda: joint("cpu_joint.json"), "joint-cpu-k2": lambda: joint("cpu_joint_k2.json"),
           "joint-h100": lambda: joint("h100/joint/gpu_joint_k4.json"),
           "joint-h100-k2": lambda: joint("h100/joint/gpu_joint_k2.json"),
@@ -519,8 +552,8 @@ def draw_ways():
           label="dense, a model for each")
     curve(of["joint"], color="#d55e00", marker="o", ls="none", label="trained with a router, k = 2, 4, 6")
     all_big = statistics.mean(pairs[-1][0])
-    routed = sorted((row["flops"] / 1e6, all_big + row["versus"]["all_big"][0]) for row in json.loads(
-        (HERE / "h100" / "seed1" / "router_table.json").read_text()) if (row["name"], row["domain"]) == ("mlp", "all"))
+    routed = sorted((row["flops"] / 1e6, all_big + row["all_big"]["mean"]) for row in study("routers")
+                    if row["name"] == "mlp")
     left.plot(*zip(*routed, strict=True), "^--", color="#0072b2", ms=4, label="MLP router on frozen Duo, k = 2 to 10")
     curve(list(zip(flops, [pair[0] for pair in pairs], strict=True)), color="#009e73", marker="o",
           label="Duo, random routes")

@@ -849,6 +849,16 @@ def test_plan(plan, here):
     assert text.rstrip().endswith(f"done: {out}/oracle.json and {out}/oracle/*.npz")
 
 
+def test_a_part_of_the_text_stays_that_part(here, tmp_path, monkeypatch):
+    """--tokens is of a plan's longest search; the others, planned on less, see as much less of it."""
+    monkeypatch.setitem(oracle.PLANS, "debug", ([], [
+        oracle.Job(128, "frozen"), oracle.Job(64, "frozen", budgets="1"), oracle.Job(16, "frozen", budgets="2")], 0))
+    out = fresh(here, tmp_path / "out")
+    quiet(oracle.main, flags(here, out, tokens=64))
+    assert [len(arrays(out / file_of(context="frozen", budgets=budgets))["idx"]) for budgets in ("all", "1", "2")] == [
+        8, 4, 2]  # of 16 tokens, two domains; half a sequence is a whole one
+
+
 def test_controls_are_planned_where_there_is_a_reference(here, tmp_path, monkeypatch):
     jobs = [oracle.Job(16, "frozen"), oracle.Job(16, "frozen", criterion="expected")]
     monkeypatch.setitem(oracle.PLANS, "debug", ([("frozen", 16, 16)], jobs, 0))

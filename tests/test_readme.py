@@ -299,7 +299,7 @@ def zoo_numbers():
                 "rates"].values()]:
             assert part[1] < 0 < part[2]
     assert set(rewire["code"]["rates"]) == {"0.05", "0.5", "2.0", "8.0"}
-    timed = {row["name"]: row["time_saved"] for row in results("h100/seed1/router_table.json")
+    timed = {row["name"]: row["time_saved"] for row in results("h100_router_table.json")
              if row["domain"] == "all"}
 
     def shown(part, sign=1):

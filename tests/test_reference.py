@@ -277,13 +277,13 @@ def test_findings_over_seeds(tmp_path):
 def test_gains_over_seeds(tmp_path):
     """Oracle and routers on every base seed: their mean, and the range of the seeds' intervals. Counted are the whole
     text, two choices and routers of the study's own seed."""
-    row = {"domain": "all", "choices": "sb", "name": "mlp", "budget": 4.0, "sequences": 8,
-            "recovered": [0.1, None, 0.2]}
+    row = {"domain": "all", "choices": "sb", "name": "mlp", "budget": 4.0, "sequences": 8, "achieved": 4.0,
+           "recovered": [0.1, None, 0.2], "router_flops": 9}
     for seed in (1, 3):
         (tmp_path / f"seed{seed}").mkdir()
         controls = [{"domain": domain, "k": k, "sequences": 8, "gain": [seed + k, seed, 9 + seed], "foresight": None}
                     for domain in ("code", "all") for k in (2, 4)]
-        routers = [row | {"seed": own, "versus": {"fixed": [-own, -own - 1, 1 - own]}} | change
+        routers = [row | {"seed": own, "flops": own, "versus": {"fixed": [-own, -own - 1, 1 - own]}} | change
                    for own, change in ((seed, {}), (seed, {"domain": "code"}), (seed, {"choices": "xb"}), (2, {}))]
         (tmp_path / f"seed{seed}" / "oracle.json").write_text(json.dumps({"controls": {"sequential": controls}}))
         (tmp_path / f"seed{seed}" / "routers.json").write_text(json.dumps(routers))
@@ -294,7 +294,7 @@ def test_gains_over_seeds(tmp_path):
     (line,) = routed
     assert (line["name"], line["budget"], line["base_seeds"], line["sequences"]) == ("mlp", 4, [1, 3], [8, 8])
     assert line["fixed"]["mean"] == -2 and line["fixed"]["range"] == [-4, 0] and "all_big" not in line
-    assert line["recovered"]["mean"] == pytest.approx(0.1)
+    assert line["recovered"]["mean"] == pytest.approx(0.1) and line["flops"] == 2
 
 
 def in_process(command, log):
