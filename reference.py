@@ -22,7 +22,7 @@ zoo.json, each claim with its effect on every base seed; oracle.json and routers
 every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
 (paper, Fig. 8), without skips and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
-nothing else on it, from runs that shared one (results/h100/log.json); those of the zoo and the routers are guesses.
+nothing else on it, from runs that shared one (results/h100/log.json).
 """
 import json
 import shlex
@@ -124,12 +124,12 @@ def steps(preset):
         # The stronger the reference, the more of what could be foreseen it sees: it has the wide size and its tokens.
         add(f"{me}/reference", 3, "train.py", f"{me}_reference", train_route="big", seed=seed + 100, **shape("wide"))
         add(f"{me}/oracle", 5, "oracle.py", me, **reference, **of_oracle)
-        add(f"{me}/routers", 10, "router.py", me, **mine, **few, **of_routers)
-        add(f"{me}/zoo", 10, "router.py", me, name="all", budget="4", **mine, **few, **of_routers)
-        add(f"{me}/effects", 3, "effects.py", me, **of_routers)
+        add(f"{me}/routers", 5, "router.py", me, **mine, **few, **of_routers)
+        add(f"{me}/zoo", 7, "router.py", me, name="all", budget="4", **mine, **few, **of_routers)
+        add(f"{me}/effects", 2, "effects.py", me, **of_routers)
         add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
         add(f"{me}/freeze", 2, "train.py", f"{me}_freeze", train_route="big_then_small", **mine)
-        add(f"{me}/analyze", 2, "analyze.py", me, dense=f"{{out}}/{me}_dense", freeze=f"{{out}}/{me}_freeze")
+        add(f"{me}/analyze", 1, "analyze.py", me, dense=f"{{out}}/{me}_dense", freeze=f"{{out}}/{me}_freeze")
 
         for share in SHARES:
             add(f"{me}/dense{share:g}", 1, "train.py", f"{me}_dense{share:g}", train_route="big",
@@ -144,8 +144,8 @@ def steps(preset):
                 minutes = 1 + times[size] * steps_of(preset, size) / base.max_steps
                 add(f"{me}/{size}", minutes, "train.py", folder, **shape(size), **mine)
             for criterion in ("label", "expected"):  # 24 layers have too many routes to try all, so dp for every size
-                add(f"{me}/{size}_{criterion}", 0.5 + times[size], "oracle.py", folder, search="dp", context="frozen",
-                    criterion=criterion, **reference, **of_oracle)
+                add(f"{me}/{size}_{criterion}", 0.5 + times[size] / 2, "oracle.py", folder, search="dp",
+                    context="frozen", criterion=criterion, **reference, **of_oracle)
     return found
 
 

@@ -160,7 +160,7 @@ def findings():
         where = (", frozen" if line["context"] == "frozen" else ", oracle frozen") if frozen else ""
         value = cell((line["effect"], *(float("nan") if v is None else v for v in line["ci"])))
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
-    return markdown(["claim", "unit", "H100, three base seeds", "laptop"],
+    return markdown(["claim", "unit", "GPU, three base seeds", "laptop"],
                     [[f"{line['id']}: {line['claim']}", laptop[line["id"]]["unit"], over(line),
                       shown(laptop[line["id"]])] for line in study])
 
@@ -251,11 +251,12 @@ def routers_bases():
 
 
 def zoo_bases():
-    """All systems at k = 4 on every base seed, one router each: their loss minus the best fixed pattern's."""
-    rows = sorted((row for row in study("routers") if row["budget"] == 4), key=lambda row: row["fixed"]["mean"])
-    return markdown(["system", "base seeds", "minus best fixed", "of each seed"],
-                    [[row["name"], len(row["base_seeds"]), of_bases(row["fixed"], 4),
-                      "; ".join(f"{part[0]:.4f}" for part in row["fixed"]["of_seeds"])] for row in rows])
+    """All systems on every base seed, one router each: their loss minus the best fixed pattern's, by k = 4."""
+    rows = {(row["name"], row["budget"]): row["fixed"] for row in study("routers") if len(row["base_seeds"]) == 3}
+    names = sorted((name for name, k in rows if k == 4), key=lambda name: rows[name, 4]["mean"])
+    return markdown(["system", "k = 2", "k = 4", "k = 6", "k = 8"],
+                    [[name, *(of_bases(rows[name, k], 4) if (name, k) in rows else "" for k in (2, 4, 6, 8))]
+                     for name in names])
 
 
 def zoo_times():
@@ -281,7 +282,8 @@ def zoo_times_h100():
 
 
 def effects():
-    """What each system's paper claims, measured: one H100 and a laptop."""
+    """What each system's paper claims, measured: on a base with several router seeds, on three bases, on a laptop."""
+    over = {line["system"]: line for line in study("zoo")}
     runs = [{line["system"]: line for line in json.loads((HERE / f"{name}_zoo.json").read_text())}
             for name in ("h100", "cpu")]
 
@@ -291,8 +293,11 @@ def effects():
         n = len(line["seeds"])
         return (f"{line['verdict']}, {cell((line['effect'], *line['ci']), 4)}, {line['sequences']} sequences, {n} "
                 f"seed{'s' * (n > 1)}")
-    return markdown(["system", "claim", "unit", "one H100", "laptop"],
-                    [[name, line["claim"], line["unit"], shown(runs[0].get(name)), shown(line)]
+    def bases(line):
+        parts = [cell((effect, *ci), 4) for effect, ci in zip(line["effects"], line["cis"], strict=True)]
+        return f"{line['verdict']}, {'; '.join(parts)}, {line['sequences'][0]} sequences each"
+    return markdown(["system", "claim", "unit", "GPU, one base", "GPU, three bases, a router each", "laptop"],
+                    [[name, line["claim"], line["unit"], shown(runs[0].get(name)), bases(over[name]), shown(line)]
                      for name, line in runs[1].items()])
 
 
@@ -370,16 +375,11 @@ def scale(name):
     report, rows = json.loads((HERE / name).read_text()), []
     for row in sorted(report["scale"], key=lambda row: (row["parameters"], row["steps"])):
         parts = [row[f"all-BIG - {kind}"] for kind in ("oracle", "expected-loss oracle")]
-        there = [part["any"] for part in parts if part]
         rows.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f} M", f"{row['steps']:,}",
-                     *("; ".join(dict.fromkeys(texts)) for texts in (
-                         [", ".join(map(str, part["seeds"])) for part in there],
-                         [str(part["sequences"]) for part in there])),
-                     over_seeds(there[-1])[0],
-                     *(cell(part[share]["difference"]) if part else "not run" for part in parts
-                       for share in ("any", "1/3"))])
-    return markdown(["layers x width", "parameters", "steps", "seeds", "sequences", "all-big", "oracle gains, any k",
-                     "k = a third", "could be foreseen, any k", "k = a third"], rows)
+                     over_seeds(parts[0]["any"])[0],
+                     *(cell(part[share]["difference"]) for part in parts for share in ("any", "1/3"))])
+    return markdown(["layers x width", "parameters", "steps", "all-big", "oracle gains, any k", "k = a third",
+                     "could be foreseen, any k", "k = a third"], rows)
 
 
 def retrofit():
@@ -536,7 +536,7 @@ def draw_ways():
     import matplotlib.pyplot as plt
 
     report = json.loads((HERE / "h100" / "ablations.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1.35, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1.15, 1), layout="constrained")
 
     def curve(points, **style):
         """points: (FLOPs per token, losses of the base seeds)"""
@@ -562,18 +562,15 @@ def draw_ways():
     left.set(xlabel="MFLOP per token", ylabel="validation loss (nats per token)", title="what spending less costs")
     left.legend(frameon=False, fontsize=9)
 
-    sizes = ("base", "narrow", "wide", "shallow", "deep")  # at fixed tokens per parameter
-    rows = [row for row in report["scale"] if row["all-BIG - oracle"] and row["size"] in sizes]
-    rows.sort(key=lambda row: (row["n_layer"], row["n_embd"]))
+    rows = sorted(report["scale"], key=lambda row: (row["n_layer"], row["n_embd"], row["steps"]))
     for key, colour, title, shift in (("all-BIG - oracle", "#0072b2", "the oracle gains", -0.2),
                                       ("all-BIG - expected-loss oracle", "#e69f00", "could be foreseen", 0.2)):
-        there = [(i + shift, row[key]["any"]["difference"]) for i, row in enumerate(rows) if row[key]]
-        middle = [part[0] for _, part in there]
-        right.bar([x for x, _ in there], middle, 0.38, color=colour, label=title,
-                  yerr=[[part[0] - part[1] for _, part in there], [part[2] - part[0] for _, part in there]], capsize=2)
-    right.set_xticks(range(len(rows)), [f"{row['n_layer']} x {row['n_embd']}" + "\n(foreseen:\nnot run)" * (
-        row["all-BIG - expected-loss oracle"] is None) for row in rows])
-    right.set(xlabel="layers x width, at fixed tokens per parameter", ylabel="nats over all-big",
+        middle, low, high = np.transpose([row[key]["any"]["difference"] for row in rows])
+        right.bar(np.arange(len(rows)) + shift, middle, 0.38, color=colour, label=title,
+                  yerr=[middle - low, high - middle], capsize=2)
+    right.set_xticks(range(len(rows)), [f"{row['n_layer']} x {row['n_embd']}\n{row['steps']:,}" for row in rows],
+                     fontsize=7.5)
+    right.set(xlabel="layers x width, training steps", ylabel="nats over all-big",
               title="the oracle's gain against size")
     right.legend(frameon=False, fontsize=9)
     for axes in (left, right):

@@ -91,15 +91,7 @@ def oracle_numbers():
 
     def shown(part):
         return "{:.3f} ({:.3f} to {:.3f})".format(*part)
-    mlp = {line["budget"]: line["versus"] for line in results("h100_routers.json")["rows"]
-           if (line["name"], line["domain"]) == ("mlp", "all")}
-    reached = {k: shown([-versus["fixed"][i] for i in (0, 2, 1)]) for k, versus in mlp.items()}
-    return ["gains {:.3f} nats ({:.3f} to {:.3f}) over the best fixed pattern at 6".format(*row["gain"]),
-            f"at most {shown(row['hindsight'])} of that needs the answer",
-            f"{shown(row['foresight'])} could be foreseen",
-            f"{reached[6]} of those 0.103 at k = 6, {reached[4]} at k = 4",
-            f"loses {shown(mlp[4]['all_big'])} to all-big",
-            f"The searches took {sum(search['seconds'] for search in searches.values()) / 60:.0f} minutes",
+    return [f"The searches took {sum(search['seconds'] for search in searches.values()) / 60:.0f} minutes",
             f"all-big {own['code']['big']['loss']:.3f} and {own['prose']['big']['loss']:.3f} at its end",
             f"the best of 3^12 has {loss(three_way, 'any'):.2f} nats",
             f"are {all_big - six:.3f} better at k = 6 and level at k = 2 ({all_big - two:.3f})",
@@ -109,6 +101,42 @@ def oracle_numbers():
             f"which itself is {apart:.2f} nats better", f"up to {row['hindsight'][0]:.3f} is hindsight",
             f"gain {gained:.2f} nats over all-big, with {least['k']} BIG layers",
             f"{shown(on_laptop['gain'])}, of which {shown(on_laptop['foresight'])} is foresight"]
+
+
+def base_numbers():
+    """The sentences about oracle and routers on the study's three bases that quote a number."""
+    gains = {row["k"]: row for row in results("h100/oracle.json")}
+    rows = {(row["name"], row["budget"]): row for row in results("h100/routers.json")}
+    mlp = {k: rows["mlp", k] for k in (2, 4, 6, 8, 10)}
+    assert all(row["base_seeds"] == [1, 2, 3] for row in gains.values())
+    assert {tuple(row["sequences"]) for row in gains.values()} == {(128,) * 3}
+    for (name, k), row in rows.items():  # on every base
+        assert set(row["sequences"]) == {256} and row["base_seeds"] == [1, 2, 3], (name, k)
+        if name in ("linear", "gumbel", "mlp"):
+            clear = [part[2] < 0 for part in row["best100_data_set"]["of_seeds"]]
+            assert all(clear) == (k in (2, 4) or k == 6 and name != "linear") and any(clear) == (k <= 6), (name, k)
+    ahead = [np.mean(results(f"h100/seed{s}/losses.json")["losses"]["0/1"])
+             - np.mean(results(f"h100/seed{s}_reference/losses.json")["losses"]["big"]) for s in (1, 2, 3)]
+    before = results("h100_oracle.json")["controls"]["sequential"]
+    before = next(row for row in before if (row["domain"], row["k"]) == ("all", 6))
+
+    def shown(part, sign=1):
+        ends = sorted(sign * end for end in part["range"])
+        return f"{sign * part['mean']:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+
+    def reached(k):
+        return -mlp[k]["fixed"]["mean"] / gains[k]["foresight"]["mean"]
+    return [f"gains {shown(gains[6]['gain']).replace(' (', ' nats (')} over the best fixed pattern at 6",
+            f"at most {shown(gains[6]['hindsight'])} of that needs the answer",
+            f"{shown(gains[6]['foresight'])} could be foreseen",
+            f"reach {shown(mlp[6]['fixed'], -1)} of those {gains[6]['foresight']['mean']:.3f} at k = 6, of "
+            f"{gains[4]['foresight']['mean']:.3f} at k = 4 they reach {shown(mlp[4]['fixed'], -1)}",
+            f"loses {shown(mlp[4]['all_big'])} to all-big",
+            f"and so {min(ahead):.2f} to {max(ahead):.2f} nats better than all-big",
+            f"{gains[6]['foresight']['mean']:.3f} for {before['foresight'][0]:.3f} at k = 6",
+            f"{gains[6]['learnable']['mean']:.3f} for {before['learnable'][0]:.3f}",
+            f"At k = 4 the MLP finds {reached(4):.0%} of what that base's stronger model foresees, at k = 6 "
+            f"{reached(6):.0%}"]
 
 
 def joint_numbers():
@@ -189,25 +217,23 @@ def ablation_numbers():
     times = [theirs[0] / ours[0] for ours, theirs in zip(gaps, laptop, strict=True)]
     all_big, cpu_big = (study["without_skips"][4]["duo - other"]["difference"] for study in (report, cpu))
     useless = [[-row["duo - other"]["difference"][0] for row in study["without_skips"][5:]] for study in (cpu, report)]
-    sizes = {row["size"]: row for row in report["scale"]}
-    label = {size: row["all-BIG - oracle"] for size, row in sizes.items()}
-    foreseen = {size: row["all-BIG - expected-loss oracle"] for size, row in sizes.items()}
-    assert foreseen["deep"] is None and "wide" not in sizes and label["narrow"]["any"]["sequences"] == 64
-    assert {part["any"]["sequences"] for part in [*foreseen.values(), *label.values()] if part} == {64, 256}
-    assert label["narrow"]["any"]["difference"][1] < label["base"]["any"]["difference"][0] < label["narrow"]["any"][
-        "difference"][2]
-    assert foreseen["base"]["any"]["difference"][2] < foreseen["narrow"]["any"]["difference"][1]
-    rows = {row["size"]: row["all-BIG - oracle"]["any"] for row in cpu["scale"]}
-    at_home = {size: row["difference"][0] for size, row in rows.items()}
-    assert {(row["sequences"], *row["seeds"]) for row in rows.values()} == {(16, 1, 2, 3)}
-    depths = [np.subtract(*rows[size]["losses"]) for size in ("shallow_long", "base", "deep_short", "deep")]
-    assert all((more > less).all() for less, more in zip(depths, depths[1:], strict=False))  # in every seed
-    big = [np.mean(rows[size]["losses"][0]) for size in ("shallow_long", "base", "deep_short")]
+    gains, at_home, all_bigs = [], {}, []
+    for study, sequences in ((report, 128), (cpu, 16)):
+        rows = {row["size"]: row["all-BIG - oracle"]["any"] for row in study["scale"]}
+        assert {(row["sequences"], *row["seeds"]) for row in rows.values()} == {(sequences, 1, 2, 3)}
+        depths = [np.subtract(*rows[size]["losses"]) for size in ("shallow_long", "base", "deep_short", "deep")]
+        assert all((more > less).all() for less, more in zip(depths, depths[1:], strict=False))  # in every seed
+        gains.append({size: row["difference"][0] for size, row in rows.items()})
+        all_bigs.append({size: np.mean(row["losses"][0]) for size, row in rows.items()})
+    gain, at_home = gains
+    big = [all_bigs[1][size] for size in ("shallow_long", "base", "deep_short")]
     assert big == sorted(big)
+    foreseen = {row["size"]: row["all-BIG - expected-loss oracle"]["any"]["difference"][0] for row in report["scale"]}
+    widths, depths = ("narrow", "base", "wide"), ("shallow_long", "base", "deep_short")
     foreseen_at_home = {row["size"]: row["all-BIG - expected-loss oracle"]["any"]["difference"][0]
                         for row in cpu["scale"]}
     assert foreseen_at_home["deep"] < foreseen_at_home["deep_short"]
-    reference = results("h100/seed1_reference/losses.json")
+    reference = [np.mean(results(f"h100/seed{s}_reference/losses.json")["losses"]["big"]) for s in (1, 2, 3)]
     return [f"costs {min(gaps)[0]:.2f} to {max(gaps)[0]:.2f} nats at each",
             "gains {:.3f} at all-big ({:.3f} to {:.3f}), of {:.3f}".format(*all_big, gaps[-1][0]),
             "is itself {:.3f} ({:.3f} to {:.3f}) above a dense model".format(*gaps[-1]),
@@ -215,15 +241,20 @@ def ablation_numbers():
             f"{min(laptop)[0]:.2f} to {max(laptop)[0]:.2f}; skips",
             f"skips cost {cpu_big[0]:.3f} at all-big",
             "are {:.2f} and {:.2f} worse, not {:.1f} and {:.1f}".format(*useless[0], *useless[1]),
-            f"(all 1,024 sequences: {np.mean(reference['losses']['big']):.3f} nats)",
-            "A gain of {:.2f}, {:.2f} and {:.2f} nats at 6, 12 and 24".format(
-                *(label[size]["any"]["difference"][0] for size in ("shallow", "base", "deep"))),
+            f"its own; {np.mean(reference):.3f} nats on all 1,024 sequences)",
+            "after 3,000 steps each the oracle gains {:.2f}, {:.2f} and {:.2f} nats at 6, 12 and 24 layers".format(
+                *(gain[size] for size in depths)),
+            f"adds {gain['shallow_long'] - gain['shallow']:.3f} at 6 layers and "
+            f"{gain['deep'] - gain['deep_short']:.3f} at 24",
+            "Width adds nothing: {:.2f}, {:.2f} and {:.2f} at 256, 384 and 512".format(
+                *(gain[size] for size in widths)),
+            f"while all-big gets better by {all_bigs[0]['narrow'] - all_bigs[0]['wide']:.2f}",
+            f"from {max(foreseen.values()):.2f} to {min(foreseen.values()):.2f}; after 3,000 steps each it is "
+            "{:.2f}, {:.2f} and {:.2f} at 6, 12 and 24 layers".format(*(foreseen[size] for size in depths)),
             "gains {:.2f}, {:.2f} and {:.2f} nats at 6, 12 and 24 layers, more with depth in every seed".format(
-                *(at_home[size] for size in ("shallow_long", "base", "deep_short"))),
+                *(at_home[size] for size in depths)),
             f"24 layers gain {at_home['deep']:.2f}. So", "Width does less: {:.2f}, {:.2f} and {:.2f} at 32".format(
-                *(at_home[size] for size in ("narrow", "base", "wide"))),
-            "is {:.3f} and {:.3f} at 6 and 12 layers at any k, {:.3f} and {:.3f} at a third".format(
-                *(foreseen[size][share]["difference"][0] for share in ("any", "1/3") for size in ("shallow", "base")))]
+                *(at_home[size] for size in widths))]
 
 
 def retrofit_numbers():
@@ -314,6 +345,22 @@ def zoo_numbers():
     assert 0.5 < times["linear"]["time_saved"] / times["linear"]["flops_saved"] < 0.7
     assert all(times[name]["time_saved"] < 0.5 * times["linear"]["time_saved"] for name in ("rmoe", "lora_mixer"))
     two = rows["tryage", 2]["versus"]["fixed"][0] - rows["linear", 2]["versus"]["fixed"][0]
+    bases = {(row["name"], row["budget"]): row["fixed"] for row in results("h100/routers.json")}
+    claims = {line["system"]: line for line in results("h100/zoo.json")}
+    clear = [part[0] > 0 or part[1] < 0 for part in claims["rmoe"]["cis"]], [part[1] < 0 for part in claims[
+        "lora_mixer"]["cis"]]
+    assert clear == ([False, False, True], [True, False, False])
+
+    def ahead(k, loss):
+        """How far the two LoRAs are below the best router without, by loss(row)"""
+        best = min(loss(part) for (name, budget), part in bases.items() if budget == k and "lora" not in name)
+        return [best - loss(bases[name, k]) for name in ("lora_mixer", "lora_single")]
+    of_seeds = {k: np.ravel([ahead(k, lambda part, i=i: part["of_seeds"][i][0]) for i in range(3)]) for k in (2, 4, 8)}
+    assert of_seeds[2].min() < 0 and of_seeds[4].min() < 0
+    mean = ahead(8, lambda part: part["mean"])
+    assert "are {:.3f} to {:.3f} nats better than all others at k = 8, routed or not".format(*mean) in TEXT
+    few = bases["lora_mixer_few", 4]["mean"] - bases["lora_single_few", 4]["mean"]
+    slow = {row["name"]: 1 - row["time_saved"] for row in results("h200_router_times.json")}
     return ["share more information than without the state ({:.4f} nats more, {:.4f} to {:.4f})".format(
                 *rmoe["rmoe_minus_np_mutual_information"]),
             f"recurrence is {rmoe['rmoe_minus']['mlp'][0]:.3f} better",
@@ -334,7 +381,7 @@ def zoo_numbers():
             f"would gain {-rewire['code']['gain']['future'][0]:.3f}: there",
             f"a forward takes {1 - timed['rewire_prose']:.0f} times as long there",
             "({:.4f}, {:.4f} to {:.4f})".format(*(-loras["lora_mixer"]["minus_single"][i] for i in (0, 2, 1))),
-            f"routing is {loras['lora_mixer_few']['minus_single'][0]:.3f} worse there, "
+            f"routing is {loras['lora_mixer_few']['minus_single'][0]:.3f} worse there, {few:.3f} on the three bases, "
             f"{cpu['lora_mixer']['routers']['lora_mixer_few']['minus_single'][0]:.3f} on the laptop",
             f"is {loras['lora_mixer']['information']:.0%} of its entropy, {loras['lora_sharp']['information']:.0%} "
             f"under SBL-; on few sequences it is {loras['lora_mixer_few']['information']:.0%}",
@@ -343,7 +390,14 @@ def zoo_numbers():
             f"and {loras['linear']['minus_single'][0]:.3f} nats (one seed; its interval holds 0)",
             f"is {early[0.1]:.0%} of the way",
             f"It costs {cpu['rewire']['flops'] / cpu['rewire']['flops_all_big']:.0f} times",
-            f"and {rows['rewire_prose', 4]['router_flops'] / 64.49e6:.0f} times on the H100"]
+            f"and {rows['rewire_prose', 4]['router_flops'] / 64.49e6:.0f} times on the H100",
+            "the state gains {:.4f}, {:.4f} and {:.4f}, only".format(*claims["rmoe"]["effects"]),
+            f"and the MLP is {bases['rmoe', 4]['mean'] - bases['mlp', 4]['mean']:.3f} better again",
+            "routing costs {:.4f} on the first, clear of 0, and nothing on the others ({:.4f}, {:.4f})".format(
+                *(-effect for effect in claims["lora_mixer"]["effects"])),
+            f"at k = 8 {of_seeds[8].min():.3f} to {of_seeds[8].max():.3f}, at 2 and 4 not",
+            "{:.1f} times as long as all-big under the linear router, {:.1f} times under RMoE, {:.1f}".format(
+                *(slow[name] for name in ("linear", "rmoe", "lora_mixer")))]
 
 
 def test_numbers_in_the_text():
@@ -362,7 +416,7 @@ def test_numbers_in_the_text():
     assert f"with skips: {three['tokens_per_second']:.0f} tokens/s" in TEXT
     counted, measured = two["counted_ratio"], two["measured_ratio"]
     assert f"counts {counted:.1f} times the work and takes {measured:.1f} times as long" in TEXT
-    for part in [*joint_numbers(), *ablation_numbers(), *retrofit_numbers()]:
+    for part in [*joint_numbers(), *ablation_numbers(), *base_numbers(), *retrofit_numbers()]:
         assert part in TEXT, part
     cpu = results("cpu_oracle_bench.json")["oracle"][0]
     assert f"{cpu['counted_ratio']:.1f} times less work" in TEXT
