@@ -522,11 +522,15 @@ def explorer(made, n):
     def lanes(arrays, row):
         return {str(name): lane(arrays["losses"][i][row], arrays["routes"][i][row])
                 for i, name in enumerate(arrays["labels"]) if "-" not in str(name)}
+
+    def order(item):
+        """The paper's router first, then the project's own, then zoo.py's; budgets by number, 10 after 2."""
+        notes = figures.notes_of(item[1])
+        return notes["name"] != "linear", notes["name"] not in figures.NAMES, notes["name"], notes["budget"], item[0]
     sequences = []
     for row in rows:
         routers = sorted([(stem, arrays) for stem, arrays in made["routers"].items() if where is not None
-                          and not figures.is_control(figures.notes_of(arrays)["name"])],
-                         key=lambda item: not item[0].startswith("linear"))  # the paper's first
+                          and not figures.is_control(figures.notes_of(arrays)["name"])], key=order)
         sequences.append({
             "domain": str(label["domains"][label["domain"][row]]), "start": made["words"][int(label["idx"][row, 0])],
             "tokens": [made["words"][int(i)] for i in label["targets"][row]], "oracle": lanes(label, row),
