@@ -154,7 +154,7 @@ def read(config):
     context = str(label["context"]) if label else "sequential"
     baseline = patterns[context] or next((arrays for arrays in patterns.values() if arrays), {})
     controls = report.get("controls", {}).get(context, [])
-    whole = "all" if len({row["domain"] for row in controls}) > 1 else None  # one domain is the whole by itself
+    controls = [row for row in controls if row["domain"] == "all"] or controls  # a corpus of one domain has no such row
     windows = most or max([*files.values(), {"idx": np.zeros(0)}], key=lambda arrays: arrays["idx"].size)
     start = next((line for line in metrics if line["kind"] == "start"), {"config": {}})
     trained = rest.get("train_config") or start["config"]
@@ -166,7 +166,7 @@ def read(config):
                                      if str(arrays["context"]) == context}, "sb", "expected"),
             "patterns_context": next((name for name in patterns if patterns[name] is baseline), ""),
             "quality": report.get("quality", []), "controls_context": context,
-            "controls": [row for row in controls if whole in (None, row["domain"])], "comparisons": {}, "times": {},
+            "controls": controls, "comparisons": {}, "times": {},
             "zoo": {line["system"]: line for line in read_json(folder / "zoo.json", "python effects.py")
                     if line["checkpoint"] == checkpoint},
             "windows": {key: windows[key] for key in ("idx", "targets", "domain", "domains")} if "domain" in windows
@@ -505,6 +505,12 @@ def inline(svg, name, title):
         "<svg", f'<svg role="img" aria-label="{html.escape(title)}" style="{style}"', 1)
 
 
+def router_order(item):
+    """Of (file stem, arrays): the paper's router first, then the project's own, then zoo.py's; budgets by number."""
+    stem, notes = item[0], figures.notes_of(item[1])
+    return notes["name"] != "linear", notes["name"] not in figures.NAMES, notes["name"], notes["budget"], stem
+
+
 def explorer(made, n):
     """The explorer's data: n sequences of each domain -> dict for JSON. Losses in thousandths of a nat; a route is one
     digit a layer, a sequence's routes stand in one string."""
@@ -522,15 +528,10 @@ def explorer(made, n):
     def lanes(arrays, row):
         return {str(name): lane(arrays["losses"][i][row], arrays["routes"][i][row])
                 for i, name in enumerate(arrays["labels"]) if "-" not in str(name)}
-
-    def order(item):
-        """The paper's router first, then the project's own, then zoo.py's; budgets by number, 10 after 2."""
-        notes = figures.notes_of(item[1])
-        return notes["name"] != "linear", notes["name"] not in figures.NAMES, notes["name"], notes["budget"], item[0]
     sequences = []
     for row in rows:
         routers = sorted([(stem, arrays) for stem, arrays in made["routers"].items() if where is not None
-                          and not figures.is_control(figures.notes_of(arrays)["name"])], key=order)
+                          and not figures.is_control(figures.notes_of(arrays)["name"])], key=router_order)
         sequences.append({
             "domain": str(label["domains"][label["domain"][row]]), "start": made["words"][int(label["idx"][row, 0])],
             "tokens": [made["words"][int(i)] for i in label["targets"][row]], "oracle": lanes(label, row),

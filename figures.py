@@ -617,14 +617,14 @@ def split(run):
     axis.grid(axis="y")
     legend_below(figure, axis, 2)
     at = int(np.argmax([row["gain"][0] for row in rows]))
-    best, sure = rows[at], bool(np.isfinite(foresight[at]).all())  # few sequences have no interval
+    best = rows[at]
+    ends = "" if np.isnan(foresight[at]).any() else "({:.3f} to {:.3f}) ".format(*foresight[at, 1:])  # few sequences
     return figure, ("The oracle's gain over the best fixed pattern of the same k, split in two. Grey: what the "
                     "expected-loss oracle, which does not know the label, already gets (a lower bound of what a "
                     "causal router "
                     f"could have). Orange: what only the label tells. At k={best['k']} it gains {best['gain'][0]:.3f} "
-                    f"nats, of which {foresight[at, 0]:.3f} "
-                    + "({:.3f} to {:.3f}) ".format(*foresight[at, 1:]) * sure + "are foresight. "
-                    f"{best['sequences']} sequences, {run['controls_context']} context; routers against fixed "
+                    f"nats, of which {foresight[at, 0]:.3f} {ends}are foresight. {best['sequences']} sequences, "
+                    f"{run['controls_context']} context; routers against fixed "
                     "patterns of the sequential context. Not in the paper.")
 
 

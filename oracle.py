@@ -116,7 +116,7 @@ PLANS = {
         Job(32768, budgets="all,6-2,2-6"), Job(32768, budgets="2,4,6,8,10", criterion="expected"),
         Job(32768, budgets="2,4,6,8,10", criterion="split"), Job(32768, "frozen"),
         Job(32768, "frozen", criterion="expected"), Job(32768, "frozen", criterion="split"),
-        Job(4096, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
+        Job(32768, choices="xb", budgets="6"), Job(4096, "frozen", choices="xsb", budgets="any,/6,4,6,4/4")], 2048),
     "cpu": ([("frozen", 1000, 1000)], [
         Job(1000, "frozen"), Job(500, budgets="4,6-2,2-6"), Job(1000, "frozen", criterion="expected"),
         Job(1000, "frozen", criterion="split"), Job(500, choices="xb", budgets="6")], 64),
@@ -646,9 +646,11 @@ def main(argv=None):
     L, T = r.shape.n_layer, r.shape.block_size
     baselines, jobs, quality_tokens = ([], [job], 0) if job else PLANS[config.preset]
     if not job:  # the plan takes what there is; a --tokens that does not fit is refused by r.windows
-        longest = max((j.tokens for j in jobs), default=0)  # who sees a part of its text, keeps to that part
-        jobs = [dataclasses.replace(j, tokens=math.ceil(config.tokens * j.tokens / longest) or min(j.tokens, r.holds()))
-                for j in jobs
+        longest = max((j.tokens for j in jobs), default=0)
+
+        def tokens_of(j):  # a search that is planned on a part of the text keeps to that part
+            return math.ceil(config.tokens * j.tokens / longest) if config.tokens else min(j.tokens, r.holds())
+        jobs = [dataclasses.replace(j, tokens=tokens_of(j)) for j in jobs
                 if (j.criterion == "label" or r.reference) and (j.search != "exhaustive" or L <= 14)]
         baselines = [(context, config.tokens or min(tokens, r.holds()), train_tokens)
                      for context, tokens, train_tokens in baselines if L <= 14]

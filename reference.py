@@ -22,7 +22,7 @@ zoo.json, each claim with its effect on every base seed; oracle.json and routers
 every base seed; joint/*_joint_*.json; ablations.json: Duo against dense models
 (paper, Fig. 8), without skips and freeze-then-small, and the oracle's gain against size (the default corpus holds 45 M
 tokens: the larger a model, the more often it sees them). Minutes are estimates for one H100, the gpu preset, with
-nothing else on it, from runs that shared one (results/h100/log.json).
+nothing else on it, guessed from runs that shared H100s and H200s (results/h100/log.json).
 """
 import json
 import shlex
@@ -107,7 +107,7 @@ def steps(preset):
         found.append((step, minutes, [script, *(f"--{key}={value}" for key, value in flags.items()),
                                       *["--resume"] * (script == "train.py")]))
 
-    # The scripts' own plans would take hours a seed. Fewer tokens of the oracle are a part of the routers'.
+    # The scripts' own plans would take hours a seed. The oracle's sequences are a part of the routers': paired.
     gpu = preset == "gpu"
     few, of_oracle, of_routers = ({"steps": 300}, {"tokens": 16384}, {"tokens": 32768}) if gpu else ({}, {}, {})
     times = {size: times_base(preset, size) for size in SIZES}
@@ -126,6 +126,8 @@ def steps(preset):
         add(f"{me}/oracle", 5, "oracle.py", me, **reference, **of_oracle)
         add(f"{me}/routers", 5, "router.py", me, **mine, **few, **of_routers)
         add(f"{me}/zoo", 7, "router.py", me, name="all", budget="4", **mine, **few, **of_routers)
+        add(f"{me}/zoo_budgets", 4, "router.py", me, name="rmoe,rmoe_np,tryage,token_id,glider,lora_mixer,lora_single",
+            budget="2,8", **mine, **few, **of_routers)
         add(f"{me}/effects", 2, "effects.py", me, **of_routers)
         add(f"{me}/dense", 2, "train.py", f"{me}_dense", train_route="big", **mine)
         add(f"{me}/freeze", 2, "train.py", f"{me}_freeze", train_route="big_then_small", **mine)
@@ -344,7 +346,7 @@ def over_bases(config, name, rows_of, keys, values, averaged=()):
         line |= {value: statistics.mean(row[value] for _, row in group) for value in averaged}
         for value in values:
             parts = [[claims.number(end) for end in row[value]] for _, row in group if row.get(value)]
-            if parts:
+            if len(parts) == len(group):  # of every seed, in the order of base_seeds
                 line[value] = {"mean": statistics.mean(part[0] for part in parts), "of_seeds": parts,
                                "range": [min(part[1] for part in parts), max(part[2] for part in parts)]}
         found.append(line)

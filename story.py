@@ -24,11 +24,13 @@ def router_gains(run):
 def shown(part):
     value, *ends = (claims.number(value) for value in part)
     return (f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f}) nats" if np.isfinite(ends).all() else
-            f"{value:.3f} nats (too few sequences for an interval)")
+            f"{value:.3f} nats, of too few sequences for an interval")
 
 
 def side(part, other):
-    """(difference, low, high) of losses -> in words: below, above, or level where the interval holds 0"""
+    """(difference, low, high) of losses -> in words: below, above, level where the interval holds 0, or not known"""
+    if not np.isfinite([claims.number(end) for end in part]).all():
+        return f"not known to be below or above {other}: {shown(part)}"
     if part[1] <= 0 <= part[2]:
         return f"level with {other} ({part[0]:+.3f} nats, {part[1]:.3f} to {part[2]:.3f})"
     if part[0] > 0:

@@ -232,7 +232,8 @@ def test_split_selection_and_searches(made, toy):
     _, _, caption = drawn(made | {"controls": few}, "split")  # of too few sequences for an interval
     assert f"nats, of which {best['foresight'][0]:.3f} are foresight" in caption
     told = story.oracle(made | {"controls": few}, [])
-    assert "nan" not in "".join(told) and f"gains {best['gain'][0]:.3f} nats (too few sequences" in told[0]
+    assert "nan" not in "".join(told) and f"gains {best['gain'][0]:.3f} nats, of too few sequences" in told[0]
+    assert "not known to be below or above all-big" in story.side((-0.01, None, None), "all-big")
     patterns = arrays(toy / "run" / "oracle" / "patterns_frozen.npz")
     _, (axis,), _ = drawn(made, "selection")
     x, y = curves(axis)["k=4"]
@@ -603,6 +604,13 @@ def test_tokens_are_text(page, toy):
     assert "<" not in read.scripts[0]
     tokens = {token for sequence in json.loads(read.scripts[0])["sequences"] for token in sequence["tokens"]}
     assert any("</script>" in token for token in tokens) and len(tokens & set(HOSTILE)) > 3
+
+
+def test_routers_go_by_kind_and_budget():
+    stems = ["linear_k2", "linear_k10", "gumbel_k4", "mlp_k2", "mlp_k10", "arch_k4", "rmoe_k2", "rmoe_k10"]
+    items = [(stem, {"notes": json.dumps({"name": stem.split("_k")[0], "budget": float(stem.split("_k")[1])})})
+             for stem in stems]
+    assert [stem for stem, _ in sorted(sorted(items), key=analyze.router_order)] == stems != sorted(stems)
 
 
 def test_explorer_holds_what_the_files_hold(page, toy):

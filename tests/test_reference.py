@@ -77,8 +77,8 @@ def test_the_list_is_complete():
     assert of_seed[0] == of_seed[1] == of_seed[2] and sum(map(len, of_seed)) == len(names)
     sizes = ["base", "narrow", "wide", "shallow", "deep", "shallow_long", "deep_short"]
     assert set(of_seed[0]) == {
-        "train", "reference", "oracle", "routers", "zoo", "effects", "dense", "freeze", "analyze", "dense0",
-        "dense0.25", "dense0.5", "dense0.75", "noskip", "joint_k2", "joint_k4", "joint_k6", *sizes[1:],
+        "train", "reference", "oracle", "routers", "zoo", "zoo_budgets", "effects", "dense", "freeze", "analyze",
+        "dense0", "dense0.25", "dense0.5", "dense0.75", "noskip", "joint_k2", "joint_k4", "joint_k6", *sizes[1:],
         *(f"{size}_{criterion}" for size in sizes for criterion in ("label", "expected"))}
     plan = {(job.choices, job.budgets == "6", job.criterion) for job in oracle.PLANS["gpu"][1]}
     assert plan >= {("sb", False, "label"), ("xb", True, "label"), ("xsb", False, "label"), ("sb", False, "expected")}
@@ -203,6 +203,27 @@ def test_only(small):
     code, printed = small("--only=collect")
     assert code == 0 and printed.endswith("collected\n") and not (small.out / "made1a").exists()
     user_error(lambda: small("--only=seed4"), "--only=seed4", "--list")
+
+
+def test_only_a_step_of_that_name():
+    """--only=seed1/deep is that training, not its searches nor deep_short; --only=seed1/dee all that begin so."""
+    def listed(only):
+        printed = quiet(reference.main, "--list", "--device=cpu", f"--only={only}")[1]
+        return [line.split()[0] for line in printed.splitlines() if line.startswith("seed")]
+    assert listed("seed1/deep") == ["seed1/deep"]
+    assert listed("seed1/dee") == [f"seed1/{name}" for name in (
+        "deep", "deep_label", "deep_expected", "deep_short", "deep_short_label", "deep_short_expected")]
+
+
+def test_the_study_is_a_part_of_each_plan():
+    """On a GPU the steps pass what RESULTS.md's sequences and steps are; other presets keep the scripts' own."""
+    for name, _, command in reference.steps("gpu"):
+        script, flags = command[0], set(command)
+        assert (script == "oracle.py") == ("--tokens=16384" in flags), name
+        assert (script in ("router.py", "effects.py")) == ("--tokens=32768" in flags), name
+        assert (script == "router.py") == ("--steps=300" in flags), name
+    assert not any(flag.startswith(("--tokens", "--steps")) for _, _, command in reference.steps("cpu")
+                   for flag in command)
 
 
 def test_list_runs_nothing(small):
