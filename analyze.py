@@ -542,6 +542,13 @@ def explorer(made, n):
             "router_context": "sequential"}
 
 
+def contexts(line):
+    """A finding's context, and that of what it is compared with where that is another"""
+    own = line.get("context", "none")
+    others = [f"{policy} {context}" for policy, context in line.get("baseline_contexts", {}).items() if context != own]
+    return "; ".join([own, *others]).replace("best100_data_set", "best of 100")
+
+
 def table(findings):
     """-> the findings as an HTML table, which a narrow screen shows as cards"""
     rows = []
@@ -554,7 +561,7 @@ def table(findings):
             f'<tr><th scope="row">{name}</th><td data-label="claim">{html.escape(line["claim"])}</td>'
             f'<td data-label="verdict"><span class="verdict {line["verdict"].replace(" ", "-")}">{line["verdict"]}'
             f'</span></td><td data-label="effect">{html.escape(shown(line)) or "none"}</td>'
-            f'<td data-label="context">{html.escape(line.get("context", "none"))}</td>'
+            f'<td data-label="context">{html.escape(contexts(line))}</td>'
             f'<td data-label="sequences">{line["sequences"]}</td>'
             f'<td data-label="base seeds">{seeds}</td><td data-label="made by"><details><summary>command</summary>'
             f'<code>{html.escape(line["command"])}</code><p class="detail">{more}</p></details></td></tr>')
@@ -615,8 +622,11 @@ def draw_slides(made, config):
     if not made["files"]:
         raise UserError(f"--slides: {config.out_dir} has no searches of its checkpoint to show; make them with "
                         f"`{made['commands']['oracle']}`")
+    before = read_json(made["folder"] / "times.json", "python analyze.py")
     made["times_on"] = time_policies(made, config.rounds)
     made["times"] = made["times_on"].get("times", {})
+    if before and made["times_on"] != before:
+        print("times were measured anew, with today's routers; `python analyze.py` takes them into the report")
     drawn, lacking = slides.write(made, f"python analyze.py --slides --out_dir={shlex.quote(config.out_dir)}")
     for file, message in drawn:
         print(f"{file}: {message}")

@@ -89,6 +89,8 @@ RATES = (0.05, 0.5, 8.0)  # the paper's, and what lies around ours
 
 def rewire(r, windows, config):
     """Routers trained on prose: what delta buys on code (a shift) and on prose, at equal BIG on the same tokens."""
+    if len(r.domains) < 2:
+        raise UserError(f"{r.config.out_dir}: its corpus has one domain, and this is about a router that meets another")
     k, routers = at_one_budget(r, ["rewire_prose"])
     windows = first_of_each(windows, 64 if r.device.type == "cuda" else 24)
     rng = generator(r.device, config.seed, "rewire")

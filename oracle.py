@@ -135,8 +135,8 @@ def parse_budgets(text, n_layer, choices):
         labels = ["any", *map(str, range(n_layer + 1))] if label == "all" else [label]
         for name in labels:
             if not re.fullmatch(r"any|\d+(-\d+)?(/\d+)?|/\d+", name):
-                raise UserError(f"--budgets={text}: {name!r} is none of any, 4, /6, 4/3, 6-2, all; give some of these, "
-                                "comma separated")
+                raise UserError(f"--budgets={text}: {name!r} is none of any, all, a number of BIG (say 4), of SKIP "
+                                "(/6), of both (4/3), a ramp (6-2); give some of these, comma separated")
             big, _, skip = ("", "", "") if name == "any" else name.partition("/")
             first, _, last = big.partition("-")
             ends = [int(first), int(last or first)] if first else [None, None]
@@ -696,8 +696,13 @@ def main(argv=None):
         report = claims.report(config.out_dir, r.checkpoint, quality, about)
         for path in r.parts:  # all of them are in their files now
             path.unlink(missing_ok=True)
-        print(claims.summary(report, [j.name for j in jobs]))
-        print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")
+        if job:  # what one search has told, not once more what the run's others had
+            of_job = {"quality": [], "findings": []} | ({"controls": {}} if job.criterion == "label" else {})
+            print(claims.summary(report | of_job, [job.name]))
+        else:
+            print(claims.summary(report, [j.name for j in jobs]))
+        print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz" + ("; the former has the run's other searches "
+              "and its findings, too" if job else ""))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def oracle(run, findings):
                 f"k = {row['k']}.", f"{foreseen}, at most {shown(row['hindsight'])} is hindsight."]
     best = next((line for line in findings if line["id"] == "F3" and line["effect"] is not None), None)
     over = [claims.number(value) for value in (best["effect"], *best["ci"])] if best else None
-    return [f"The oracle, which knows the next token, is at its best {side((-over[0], -over[2], -over[1]), 'all-big')}."
+    return [f"The oracle, which knows the next token, is {side((-over[0], -over[2], -over[1]), 'all-big')} at k = 6."
             if best else f"The oracle was not searched (`{run['commands']['oracle']}`).",
             f"How much of that is hindsight was not measured (`{run['commands']['oracle']} --reference=...`)."]
 
@@ -64,7 +64,8 @@ def router(run):
     same = run["controls_context"] == "sequential"  # as routers are run: else the two cannot be divided
     share = (f", {part[0] / foreseen:.0%} of what could be foreseen there" if same and min(part[0], foreseen) > 0
              else "")
-    of = f"Of {len(gains)} routers the best on this text" if len(gains) > 1 else "The router"
+    kinds = ", ".join(dict.fromkeys(name for name, *_ in gains))
+    of = f"Of {len(gains)} routers ({kinds}; one for each budget) the best here" if len(gains) > 1 else "The router"
     return (f"{of}, {name} at k = {k:g}, is {side((-part[0], -part[2], -part[1]), 'the best fixed pattern')} of equal "
             f"spending{share}.")
 
@@ -94,13 +95,13 @@ def time_saved(run):
             k = float(name.split()[-1])
             flops_saved = (1 - k / L) * (1 - model.flops(SMALL) / model.flops(BIG))
             middle, low, high = times[name]  # of all-big's time: the median, and the middle half of the rounds
-            long = ("as long as all-big to what can be told apart" if low <= 1 <= high else
+            long = ("about as long as all-big" if low <= 1 <= high else
                     f"{abs(1 - middle):.0%} {'less' if middle < 1 else 'more'} time than all-big")
             parts.append(f"{what.format(name.split()[0])} at k = {k:g} a forward takes {long} ({low:.2f} to {high:.2f} "
                          f"of its time) for {flops_saved:.0%} fewer FLOPs")
     told = "; ".join(parts)
-    return (f"{told[0].upper()}{told[1:]} (width {model.config.n_embd}, {run['times_on']['device']}, not compiled, the "
-            "middle half of the rounds; the router's own FLOPs left out).")
+    return (f"{told[0].upper()}{told[1:]} (width {model.config.n_embd}, {run['times_on']['device']}, not compiled; "
+            "in brackets the middle half of repeated measurements; the router's own FLOPs left out).")
 
 
 @torch.no_grad()

@@ -1011,7 +1011,7 @@ def refused(here, tmp_path):
     return refused
 
 
-FORMS = "none of any, 4, /6, 4/3, 6-2, all"
+FORMS = "none of any, all, a number of BIG (say 4), of SKIP (/6), of both (4/3), a ramp (6-2)"
 
 
 @pytest.mark.parametrize("options, parts", [

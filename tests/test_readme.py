@@ -94,7 +94,7 @@ def oracle_numbers():
     return [f"The searches took {sum(search['seconds'] for search in searches.values()) / 60:.0f} minutes",
             f"all-big {own['code']['big']['loss']:.3f} and {own['prose']['big']['loss']:.3f} at its end",
             f"the best of 3^12 has {loss(three_way, 'any'):.2f} nats",
-            f"are {all_big - six:.3f} better at k = 6 and level at k = 2 ({all_big - two:.3f})",
+            f"are {all_big - six:.3f} better at k = 6 and {all_big - two:.3f} at k = 2",
             f"with one BIG layer {one_big - all_big:.3f} worse",
             f"by {one['effect']:.3f} nats ({one['ci'][0]:.3f} to {one['ci'][1]:.3f})", "best at k = 5 or 6",
             f"gains {row['gain'][0]:.3f} nats, of which {shown(row['foresight'])} could be foreseen",
@@ -340,6 +340,12 @@ def zoo_numbers():
     def shown(part, sign=1):
         part = part if sign > 0 else (-part[0], -part[2], -part[1])
         return "{:.3f} ({:.3f} to {:.3f})".format(*part)
+    wide, narrow = results("h100_router_bench.json")["router"][0], next(
+        row for row in results("h100_router_table.json") if (row["name"], row["domain"]) == ("linear", "all")
+        and row["time_saved"] is not None)
+    here = 1 - narrow["flops"] / make.measured("seed1_dense")["flops"]["big"]
+    assert (f"on this day {narrow['time_saved']:.0%} of {here:.0%} (RESULTS.md's wider model, not compiled, on another: "
+            f"{wide['time_saved, not compiled']:.0%} of {wide['flops_saved']:.0%})") in ZOO_TEXT
     known = h100["tryage"]["known"]
     assert known["accuracy"] < known["chance"]
     for k, level in ((2, False), (4, False), (6, True), (8, True)):
@@ -369,7 +375,7 @@ def zoo_numbers():
                 *rmoe["rmoe_minus_np_mutual_information"]),
             f"recurrence is {rmoe['rmoe_minus']['mlp'][0]:.3f} better",
             f"tells {told['linear']['token id']['told'][0]:.0%} of the linear router's choices",
-            f"from 0 to {arch['after'][2]:.0%} of the time",
+            f"recognized {arch['after'][2]:.0%} of the time once its descriptor is added, {arch['before'][2]:.0%} before",
             f"lose {100 * lost[0]:.0f} and {100 * lost[1]:.0f} points", f"does as well ({arch['untrained'][2]:.0%})",
             f"({-arch['loss_before_minus_after'][0]:.3f} nats worse after",
             f"each budget: {fixed['tryage'] - fixed['linear']:.3f} nats at k = 4 on the H100, {two:.3f} at k = 2",

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import effects
 import effects_adapt
 import gates
 import router
 import sample
+import zoo
 from common import save_checkpoint
 from model import BIG, SMALL, DuoConfig, DuoGPT, KVCache
 from oracle import file_hash
@@ -324,6 +326,17 @@ def measured_on(model):
     r = SimpleNamespace(exact=model, device=torch.device("cpu"), shape=SHAPE, domains=["code", "prose"],
                         config=SimpleNamespace(out_dir="out"))
     return r, (idx[:, :-1], idx[:, 1:], np.array([0, 0, 0, 1, 1, 1])), SimpleNamespace(seed=1)
+
+
+def test_rewiring_needs_a_domain_that_the_router_has_not_seen(measured_on):
+    r, windows, config = measured_on
+    r.domains = ["notes"]
+    user_error(lambda: effects_adapt.rewire(r, windows, config), "out: its corpus has one domain")
+
+
+def test_what_effects_need_is_known():
+    assert set(zoo.COMPARED) == set(effects.EFFECTS)
+    assert {name for names in zoo.COMPARED.values() for name in names} <= {*zoo.KINDS, *router.NAMES}
 
 
 def test_the_effect_of_rewiring(measured_on, monkeypatch):

@@ -60,7 +60,7 @@ def planted():
     }
 
 
-COMMANDS = {"effects": "python effects.py --out_dir=x"}
+COMMANDS = {"effects": "python effects.py --out_dir=x", "routers": "python router.py --out_dir=x"}
 
 
 def drawn(system, finding):
@@ -136,7 +136,9 @@ def test_a_missing_field_is_named(system, key):
 @pytest.mark.parametrize("system", list(zoo_figures.SYSTEMS))
 def test_partial_findings(system):
     """Nothing measured, and every field that holds a list or a table empty."""
-    with pytest.raises(figures.Missing, match=f"no finding on {system} of this checkpoint"):
+    names = ",".join(zoo.COMPARED[system])
+    with pytest.raises(figures.Missing, match=f"no finding on {system} of this checkpoint.*router.py --out_dir=x "
+                                              f"--name={names} --budget=4 && python effects.py"):
         drawn(system, None)
     finding = planted()[system]
     finding["detail"] = {}
@@ -185,7 +187,8 @@ def test_report(tmp_path):
         assert f"&lt;b&gt; {system} helps" in section and f"python effects.py --name={system}" in section
     assert "glider" not in section.replace("zoo_glider", "") and "zoo_" not in page[:page.index('<h2 id="zoo">')]
     (missing,) = (text for text in printed.splitlines() if text.startswith("not drawn: GLIDER"))
-    (command,) = named_commands(missing)
+    make, command = named_commands(missing)
+    parses(make)
     parses(command)
     assert "{{" not in page and section.count("+0.0217 (+0.0117 to +0.0317), nats; ") >= 5
 
