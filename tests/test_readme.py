@@ -344,8 +344,8 @@ def zoo_numbers():
         row for row in results("h100_router_table.json") if (row["name"], row["domain"]) == ("linear", "all")
         and row["time_saved"] is not None)
     here = 1 - narrow["flops"] / make.measured("seed1_dense")["flops"]["big"]
-    assert (f"on this day {narrow['time_saved']:.0%} of {here:.0%} (RESULTS.md's wider model, not compiled, on another: "
-            f"{wide['time_saved, not compiled']:.0%} of {wide['flops_saved']:.0%})") in ZOO_TEXT
+    assert (f"on this day {narrow['time_saved']:.0%} of {here:.0%} (RESULTS.md's wider model, not compiled, on "
+            f"another: {wide['time_saved, not compiled']:.0%} of {wide['flops_saved']:.0%})") in ZOO_TEXT
     known = h100["tryage"]["known"]
     assert known["accuracy"] < known["chance"]
     for k, level in ((2, False), (4, False), (6, True), (8, True)):
@@ -375,7 +375,8 @@ def zoo_numbers():
                 *rmoe["rmoe_minus_np_mutual_information"]),
             f"recurrence is {rmoe['rmoe_minus']['mlp'][0]:.3f} better",
             f"tells {told['linear']['token id']['told'][0]:.0%} of the linear router's choices",
-            f"recognized {arch['after'][2]:.0%} of the time once its descriptor is added, {arch['before'][2]:.0%} before",
+            f"recognized {arch['after'][2]:.0%} of the time once its descriptor is added, "
+            f"{arch['before'][2]:.0%} before",
             f"lose {100 * lost[0]:.0f} and {100 * lost[1]:.0f} points", f"does as well ({arch['untrained'][2]:.0%})",
             f"({-arch['loss_before_minus_after'][0]:.3f} nats worse after",
             f"each budget: {fixed['tryage'] - fixed['linear']:.3f} nats at k = 4 on the H100, {two:.3f} at k = 2",
