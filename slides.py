@@ -279,7 +279,8 @@ def savings(run):
 
 def zoo(run):
     lines = {name: run["zoo"][name] for name in reversed(zoo_figures.SYSTEMS) if name in run["zoo"]}
-    need(lines, "zoo.json has no findings of this checkpoint", run["commands"]["effects"])
+    need(lines, "zoo.json has no findings of this checkpoint",
+         f"{run['commands']['routers']} --name=all --budget=4 && {run['commands']['effects']}")
     figure, ((axis,),) = figures.grid_of(1, 1)
     sign = {"holds": "\u2713 holds", "fails": "\u2717 fails", "undecided": "? undecided"}
     for y, line in enumerate(lines.values()):

@@ -49,7 +49,7 @@ def oracle(run, findings):
                 f"k = {row['k']}.", f"{foreseen}, at most {shown(row['hindsight'])} is hindsight."]
     best = next((line for line in findings if line["id"] == "F3" and line["effect"] is not None), None)
     over = [claims.number(value) for value in (best["effect"], *best["ci"])] if best else None
-    return [f"The oracle, which knows the next token, is {side((-over[0], -over[2], -over[1]), 'all-big')} at k = 6."
+    return [f"At k = 6 the oracle, which knows the next token, is {side((-over[0], -over[2], -over[1]), 'all-big')}."
             if best else f"The oracle was not searched (`{run['commands']['oracle']}`).",
             f"How much of that is hindsight was not measured (`{run['commands']['oracle']} --reference=...`)."]
 
@@ -66,8 +66,8 @@ def router(run):
              else "")
     kinds = ", ".join(dict.fromkeys(name for name, *_ in gains))
     of = f"Of {len(gains)} routers ({kinds}; one for each budget) the best here" if len(gains) > 1 else "The router"
-    return (f"{of}, {name} at k = {k:g}, is {side((-part[0], -part[2], -part[1]), 'the best fixed pattern')} of equal "
-            f"spending{share}.")
+    beside = side((-part[0], -part[2], -part[1]), "the best fixed pattern of equal spending")
+    return f"{of}, {name} at k = {k:g}, is {beside}{share}."
 
 
 def joint(run, study):

@@ -78,7 +78,7 @@ def test_every_slide_in_both_themes(run):
     ("stage1", {"metrics": []}, "train"), ("gap", {"patterns": {}, "patterns_context": ""}, "oracle"),
     ("split", {"controls": []}, "train"), ("selection", {"patterns": {}}, "oracle"), ("where", {"label": {}}, "oracle"),
     ("tokens", {"label": {}}, "oracle"), ("routers", {"routers": {}}, "router"), ("routers", {"contexts": {}}, "train"),
-    ("savings", {"times": {}}, "analyze"), ("savings", {"model": None}, "train"), ("zoo", {"zoo": {}}, "effects")])
+    ("savings", {"times": {}}, "analyze"), ("savings", {"model": None}, "train"), ("zoo", {"zoo": {}}, "router")])
 def test_what_is_missing_is_named(run, name, changes, script, monkeypatch):
     """... with the command that makes it, and a picture of an earlier state of the run does not stay."""
     monkeypatch.setattr(slides, "SLIDES", (getattr(slides, name),))
