@@ -318,6 +318,10 @@ def without_place(r, made, idx):
 EFFECTS = {"rmoe": rmoe, "openmoe": openmoe,  # {system: function(r, windows, config) -> finding}
            "tryage": effects_prompt.tryage, "arch": effects_prompt.arch, "glider": effects_prompt.glider,
            "rewire": effects_adapt.rewire, "lora_mixer": effects_adapt.lora_mixer}
+COMPARED = {  # {system: the routers that its effect needs, at least}
+    "rmoe": ("rmoe", "rmoe_np"), "openmoe": ("linear", "token_id", "capacity"), "tryage": ("tryage", "linear"),
+    "arch": ("arch",), "glider": ("glider",), "rewire": ("rewire_prose",), "lora_mixer": ("lora_mixer", "lora_single"),
+}
 
 
 def read(path):

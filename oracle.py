@@ -696,13 +696,11 @@ def main(argv=None):
         report = claims.report(config.out_dir, r.checkpoint, quality, about)
         for path in r.parts:  # all of them are in their files now
             path.unlink(missing_ok=True)
-        if job:  # what one search has told, not once more what the run's others had
-            of_job = {"quality": [], "findings": []} | ({"controls": {}} if job.criterion == "label" else {})
-            print(claims.summary(report | of_job, [job.name]))
-        else:
-            print(claims.summary(report, [j.name for j in jobs]))
-        print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz" + ("; the former has the run's other searches "
-              "and its findings, too" if job else ""))
+        if job:  # not once more what the run's other searches have told
+            report |= {"quality": [], "findings": []} | ({"controls": {}} if job.criterion == "label" else {})
+            print(f"{config.out_dir}/oracle.json has the run's other searches and its findings, too; of this one:")
+        print(claims.summary(report, [j.name for j in jobs]))
+        print(f"done: {config.out_dir}/oracle.json and {r.folder}/*.npz")
 
 
 if __name__ == "__main__":

@@ -304,19 +304,26 @@ def f12(config, seed):
         "sequences": len(dense["big"]), "command": "python reference.py --only=collect"}
 
 
+def by_keys(config, name, rows_of, keys):
+    """rows_of(content, seed): the rows that count of that base seed's file of that name -> {their values of `keys`: the
+    rows that share them, each with its base seed as `seed`}"""
+    groups = {}
+    for seed in finished_seeds(config, f"/{name}"):
+        content = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
+        for row in rows_of(content, seed):
+            groups.setdefault(tuple(row.get(key) for key in keys), []).append(row | {"seed": seed})
+    return groups
+
+
 def findings(config, name, keys=("id", "router")):
     """Each line of the base seeds' files of that name -> its effects, their spread, and one verdict: that of all seeds
     on which it was tested, where there are at least two; else undecided."""
-    groups = {}
-    for seed in finished_seeds(config, f"/{name}"):
-        lines = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
+    def lines(content, seed):
         own = f12(config, seed) if "id" in keys else None
-        if own is not None:
-            lines = [line for line in lines if line["id"] != "F12"] + [own]
-        for line in lines:
-            groups.setdefault(tuple(line.get(key) for key in keys), []).append(line | {"seed": seed})
+        return content if own is None else [line for line in content if line["id"] != "F12"] + [own]
+
     found = []
-    for same in groups.values():
+    for same in by_keys(config, name, lines, keys).values():
         tested = [line for line in same if line["effect"] is not None]
         effects, verdicts = [line["effect"] for line in tested], {line["verdict"] for line in tested}
         agreed = len(verdicts) == 1 and len(tested) > 1
@@ -331,22 +338,16 @@ def findings(config, name, keys=("id", "router")):
 
 
 def over_bases(config, name, rows_of, keys, values, averaged=()):
-    """rows_of(content, seed): the rows that count of that base seed's file of that name -> one for each `keys`. Of each
-    of `values`, (estimate, low, high) in a row: those of the seeds, their mean, and the widest range that the seeds'
-    intervals span; of `averaged`, a number in a row, the mean."""
-    groups = {}
-    for seed in finished_seeds(config, f"/{name}"):
-        content = json.loads((Path(config.out_dir) / f"seed{seed}" / name).read_text())
-        for row in rows_of(content, seed):
-            groups.setdefault(tuple(row[key] for key in keys), []).append((seed, row))
+    """As by_keys, but one row for each `keys`. Of each of `values`, (estimate, low, high) in a row: those of the seeds,
+    their mean, and the widest range that the seeds' intervals span; of `averaged`, a number in a row, the mean."""
     found = []
-    for key, group in groups.items():
-        line = dict(zip(keys, key, strict=True)) | {"base_seeds": [seed for seed, _ in group],
-                                                    "sequences": [row["sequences"] for _, row in group]}
-        line |= {value: statistics.mean(row[value] for _, row in group) for value in averaged}
+    for key, rows in by_keys(config, name, rows_of, keys).items():
+        line = dict(zip(keys, key, strict=True)) | {"base_seeds": [row["seed"] for row in rows],
+                                                    "sequences": [row["sequences"] for row in rows]}
+        line |= {value: statistics.mean(row[value] for row in rows) for value in averaged}
         for value in values:
-            parts = [[claims.number(end) for end in row[value]] for _, row in group if row.get(value)]
-            if len(parts) == len(group):  # of every seed, in the order of base_seeds
+            parts = [[claims.number(end) for end in row[value]] for row in rows if row.get(value)]
+            if len(parts) == len(rows):  # of every seed, in the order of base_seeds
                 line[value] = {"mean": statistics.mean(part[0] for part in parts), "of_seeds": parts,
                                "range": [min(part[1] for part in parts), max(part[2] for part in parts)]}
         found.append(line)
@@ -385,7 +386,7 @@ def collect(config):
     gains = over_bases(config, "oracle.json", oracle_rows, ("k",), ("gain", "foresight", "hindsight", "learnable"))
     write(out / "oracle.json", gains, "controls in oracle.json (python oracle.py --reference=...)")
     routed = over_bases(config, "routers.json", router_rows, ("name", "budget"), (
-        "fixed", "best100_data_set", "all_big", "recovered"), ("achieved", "flops", "router_flops"))
+        "fixed", "best100_data_set", "all_big", "recovered"), ("flops",))
     write(out / "routers.json", routed, "routers.json (python router.py)")
     for k in BUDGETS:
         try:

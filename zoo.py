@@ -691,7 +691,3 @@ LORAS = {  # the losses compared, and the control: one LoRA of the same total ra
 }
 KINDS |= {f"{name}{'_few' * few}": functools.partial(LoRAMixer, **values, few=few)
           for name, values in LORAS.items() for few in (False, True)}
-COMPARED = {  # {system: the routers that effects.py needs for it, at least}
-    "rmoe": ("rmoe", "rmoe_np"), "openmoe": ("linear", "token_id", "capacity"), "tryage": ("tryage", "linear"),
-    "arch": ("arch",), "glider": ("glider",), "rewire": ("rewire_prose",), "lora_mixer": ("lora_mixer", "lora_single"),
-}

@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-import zoo
+import effects
 from claims import number
 from figures import COLOUR, INK, Missing, grid_of, is_control, legend_below, need, plt
 
@@ -268,7 +268,7 @@ def how_many_seeds(line):
 
 def draw(system, title, function, run):
     """One system's figure -> figure, caption. Raises Missing where zoo.json lacks the finding, or a part of it."""
-    command = (f"{run['commands']['routers']} --name={','.join(zoo.COMPARED[system])} --budget=4 && "
+    command = (f"{run['commands']['routers']} --name={','.join(effects.COMPARED[system])} --budget=4 && "
                f"{run['commands']['effects']} --name={system}")
     line = need(run["zoo"].get(system), f"zoo.json has no finding on {system} of this checkpoint", command)
     try:

@@ -142,10 +142,14 @@ def controls():
                      for row in report["controls"]["sequential"] if row["domain"] == "all"])
 
 
+def study(name):
+    """-> a file that the H100's study collected over base seeds"""
+    return json.loads((HERE / "h100" / f"{name}.json").read_text())
+
+
 def findings():
     """Each claim on the H100, over base seeds, and on the laptop: the part that is furthest from being met."""
-    study = json.loads((HERE / "h100" / "findings.json").read_text())
-    study = [line for line in study if (line["router"] or "mlp") == "mlp"]
+    bases = [line for line in study("findings") if (line["router"] or "mlp") == "mlp"]
     laptop = {line["id"]: line for line in json.loads((HERE / "cpu_findings.json").read_text())
               if line.get("router", "linear") == "linear"}
 
@@ -162,7 +166,7 @@ def findings():
         return f"{line['verdict']}, {value}{where}, {line['sequences']} sequences"
     return markdown(["claim", "unit", "GPU, three base seeds", "laptop"],
                     [[f"{line['id']}: {line['claim']}", laptop[line["id"]]["unit"], over(line),
-                      shown(laptop[line["id"]])] for line in study])
+                      shown(laptop[line["id"]])] for line in bases])
 
 
 PAPER_ROUTERS = ("linear", "gumbel", "mlp", "advantage", "distilled")
@@ -230,10 +234,6 @@ def of_bases(part, digits=3):
     return cell((part["mean"], *part["range"]), digits)
 
 
-def study(name):
-    return json.loads((HERE / "h100" / f"{name}.json").read_text())
-
-
 def oracle_bases():
     """The oracle's gain over the best fixed pattern on every base seed, and what it is made of."""
     return markdown(["k", "oracle gains", "= foresight", "+ hindsight", "split-label oracle gains"],
@@ -252,7 +252,7 @@ def routers_bases():
 
 def zoo_bases():
     """All systems on every base seed, one router each: their loss minus the best fixed pattern's, by k = 4."""
-    rows = {(row["name"], row["budget"]): row["fixed"] for row in study("routers") if len(row["base_seeds"]) == 3}
+    rows = {(row["name"], row["budget"]): row["fixed"] for row in study("routers")}
     names = sorted((name for name, k in rows if k == 4), key=lambda name: rows[name, 4]["mean"])
     return markdown(["system", "k = 2", "k = 4", "k = 6", "k = 8"],
                     [[name, *(of_bases(rows[name, k], 4) if (name, k) in rows else "" for k in (2, 4, 6, 8))]
@@ -536,7 +536,7 @@ def draw_ways():
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    report = json.loads((HERE / "h100" / "ablations.json").read_text())
+    report = study("ablations")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1.15, 1), layout="constrained")
 
     def curve(points, **style):
@@ -545,9 +545,9 @@ def draw_ways():
                       [statistics.stdev(losses) for _, losses in points], ms=4, capsize=2, **style)
     flops = [row["flops"] for row in report["fig8"]]
     pairs = [row["duo - dense"]["losses"] for row in report["fig8"]]
-    studies = [json.loads((HERE / "h100" / "joint" / f"gpu_joint_k{k}.json").read_text()) for k in (2, 4, 6)]
-    of = {name: [(statistics.mean(seed["flops"][name] for seed in study["seeds"]),
-                  [seed["loss"]["all"][name][0] for seed in study["seeds"]]) for study in studies]
+    together = [study(f"joint/gpu_joint_k{k}")["seeds"] for k in (2, 4, 6)]
+    of = {name: [(statistics.mean(seed["flops"][name] for seed in seeds),
+                  [seed["loss"]["all"][name][0] for seed in seeds]) for seeds in together]
           for name in ("joint", "equal")}
     curve(sorted([*zip(flops, [pair[1] for pair in pairs], strict=True), *of["equal"]]), color="#000000", marker="s",
           label="dense, a model for each")

@@ -335,8 +335,8 @@ def test_rewiring_needs_a_domain_that_the_router_has_not_seen(measured_on):
 
 
 def test_what_effects_need_is_known():
-    assert set(zoo.COMPARED) == set(effects.EFFECTS)
-    assert {name for names in zoo.COMPARED.values() for name in names} <= {*zoo.KINDS, *router.NAMES}
+    assert set(effects.COMPARED) == set(effects.EFFECTS)
+    assert {name for names in effects.COMPARED.values() for name in names} <= {*zoo.KINDS, *router.NAMES}
 
 
 def test_the_effect_of_rewiring(measured_on, monkeypatch):

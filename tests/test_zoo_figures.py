@@ -11,6 +11,7 @@ import torch
 from test_analyze import Page, again, named_commands, parses
 
 import analyze
+import effects
 import figures
 import gates
 import router
@@ -136,7 +137,7 @@ def test_a_missing_field_is_named(system, key):
 @pytest.mark.parametrize("system", list(zoo_figures.SYSTEMS))
 def test_partial_findings(system):
     """Nothing measured, and every field that holds a list or a table empty."""
-    names = ",".join(zoo.COMPARED[system])
+    names = ",".join(effects.COMPARED[system])
     with pytest.raises(figures.Missing, match=f"no finding on {system} of this checkpoint.*router.py --out_dir=x "
                                               f"--name={names} --budget=4 && python effects.py"):
         drawn(system, None)
